@@ -1,0 +1,36 @@
+// The introspection module: what was built and what this machine uses. Importing it registers the operators.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/gang.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What the native part of seqattn_kernels was built with.";
+  m.def("active_instruction_set", [] { return std::string(seqattn::isa_name(seqattn::active_isa())); },
+        "The instruction set whose kernels run on this machine: 'avx512', 'avx2' or 'baseline'.");
+  m.def("built_instruction_sets", [] {
+#if defined(SEQATTN_HAVE_X86)
+    return std::vector<std::string>{"avx512", "avx2", "baseline"};
+#else
+    return std::vector<std::string>{"baseline"};
+#endif
+  });
+  m.def(
+      "gang_size",
+      [](int threads) {
+        int size = 0;
+        seqattn::run_gang(threads, [&](seqattn::Gang& gang) {
+          if (gang.rank == 0) size = gang.size;
+          gang.barrier();
+        });
+        return size;
+      },
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+      "How many of the threads asked for came in time to work together.");
+}

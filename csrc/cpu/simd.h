@@ -1,0 +1,242 @@
+// Vectors of float or double in the width of the instruction set this unit is compiled for, and the functions the
+// kernels need of them. Everything lives in a namespace named after the instruction set, and no standard-library
+// function is called: units of different instruction sets must not share inline code that the linker could merge.
+//
+// GCC and Clang vector extensions give the arithmetic (a * b + c is contracted to a fused multiply-add where there is
+// one), so the same source serves AVX-512, AVX2, SSE2 and NEON; intrinsics appear where one saves instructions.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef SEQATTN_ISA
+#error "compile this with -DSEQATTN_ISA=<namespace of the instruction set>"
+#endif
+
+namespace seqattn::SEQATTN_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kRegisters = 16;
+#else
+inline constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+#endif
+
+#define SEQATTN_INLINE inline __attribute__((always_inline))
+
+namespace detail {
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t integer __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t integer __attribute__((vector_size(kVectorBytes)));
+};
+}  // namespace detail
+
+template <class T>
+using Vec = typename detail::VectorOf<T>::type;
+template <class T>
+using IntVec = typename detail::VectorOf<T>::integer;
+
+// Lanes of a vector of T.
+template <class T>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+SEQATTN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+SEQATTN_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <class T>
+SEQATTN_INLINE Vec<T> broadcast(T a) {
+  return a - Vec<T>{};
+}
+
+// The first n lanes from memory, zero in the others; reads nothing past p + n.
+template <class T>
+SEQATTN_INLINE Vec<T> load_partial(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  }
+#else
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// Writes the first n lanes and nothing past them.
+template <class T>
+SEQATTN_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) {
+    store(p, v);
+    return;
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  }
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// max(bound, x) and min(bound, x) that let a NaN in x through.
+template <class V>
+SEQATTN_INLINE V at_least(V x, V bound) {
+  return bound > x ? bound : x;
+}
+template <class V>
+SEQATTN_INLINE V at_most(V x, V bound) {
+  return bound < x ? bound : x;
+}
+
+template <class T>
+SEQATTN_INLINE T sum_lanes(Vec<T> v) {
+  T s = 0;
+  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
+  return s;
+}
+
+template <class T>
+SEQATTN_INLINE T max_lanes(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+namespace detail {
+// x = n ln 2 + f with |f| <= ln 2 / 2 : expm1(f) by a minimax polynomial, accurate to half a unit in the last place
+// (5e-10 relative for float, 5e-19 for double before rounding).
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr float kLn2Hi = 0.693145751953125f;
+  static constexpr float kLn2Lo = 1.42860682030941723212e-6f;
+  static constexpr float kMin = -104.0f, kMax = 89.0f;  // exp is 0 below and infinite above
+  static constexpr int kDegree = 5;
+  static constexpr float kQ[kDegree + 1] = {1.9891030654e-4f, 1.3933685862617e-3f, 8.3333108895821e-3f,
+                                            4.1666464602027e-2f, 0.16666666681659f, 0.50000000134982f};
+  static constexpr int kMantissa = 23, kBias = 127;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLog2e = 1.4426950408889634074;
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01;
+  static constexpr double kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr double kMin = -746.0, kMax = 710.0;
+  static constexpr int kDegree = 10;
+  static constexpr double kQ[kDegree + 1] = {
+      2.0914717341716375952e-9, 2.5105259538448493419e-8, 2.7557273570102139673e-7, 2.7557255297969644392e-6,
+      2.4801587325605322782e-5, 1.9841269874901259234e-4, 1.3888888888883731828e-3, 8.3333333333261120526e-3,
+      4.1666666666666669767e-2, 0.16666666666666671008,   0.5};
+  static constexpr int kMantissa = 52, kBias = 1023;
+};
+
+// Splits x; returns expm1(f) and leaves n in *n as a number.
+template <class T>
+SEQATTN_INLINE Vec<T> expm1_reduced(Vec<T> x, Vec<T>* n) {
+  using C = ExpConstants<T>;
+  *n = (x * C::kLog2e + C::kMagic) - C::kMagic;
+  Vec<T> f = x - *n * C::kLn2Hi;
+  f = f - *n * C::kLn2Lo;
+  Vec<T> q = broadcast<T>(C::kQ[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i <= C::kDegree; ++i) q = q * f + C::kQ[i];
+  return (f * f) * q + f;
+}
+
+// v * 2^n, n a whole number in [-2 * bias, 2 * bias].
+template <class T>
+SEQATTN_INLINE Vec<T> scale(Vec<T> v, Vec<T> n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_scalef_ps((__m512)v, (__m512)n);
+  } else {
+    return (Vec<T>)_mm512_scalef_pd((__m512d)v, (__m512d)n);
+  }
+#else
+  // Two factors, so that overflow and denormal results come out right.
+  using C = ExpConstants<T>;
+  IntVec<T> i = (IntVec<T>)(n + C::kMagic) - (IntVec<T>)broadcast<T>(C::kMagic);
+  IntVec<T> half = i >> 1;
+  Vec<T> a = (Vec<T>)((half + C::kBias) << C::kMantissa);
+  Vec<T> b = (Vec<T>)((i - half + C::kBias) << C::kMantissa);
+  return v * a * b;
+#endif
+}
+}  // namespace detail
+
+template <class T>
+SEQATTN_INLINE Vec<T> exp(Vec<T> x) {
+  using C = detail::ExpConstants<T>;
+  x = at_most(at_least(x, broadcast<T>(C::kMin)), broadcast<T>(C::kMax));
+  Vec<T> n;
+  Vec<T> p = detail::expm1_reduced<T>(x, &n);
+  return detail::scale<T>(p + T(1), n);
+}
+
+// 1 / (1 + e^-x), relative error about 1.5 units in the last place.
+template <class T>
+SEQATTN_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return T(1) / (T(1) + exp<T>(-x));
+}
+
+// t / (t + 2) with t = e^2x - 1, computed without cancellation: about 1.5 units in the last place at every x.
+template <class T>
+SEQATTN_INLINE Vec<T> tanh(Vec<T> x) {
+  constexpr T bound = sizeof(T) == 4 ? T(9.1) : T(19.1);  // tanh rounds to 1 past it
+  x = at_most(at_least(x, broadcast<T>(-bound)), broadcast<T>(bound));
+  Vec<T> n;
+  Vec<T> p = detail::expm1_reduced<T>(x + x, &n);
+  Vec<T> one = detail::scale<T>(broadcast<T>(T(1)), n);
+  Vec<T> t = p * one + (one - T(1));
+  return t / (t + T(2));
+}
+
+// The functions a cell or a score asks for, as one name to pass to its templates.
+template <class T>
+struct Math {
+  using Value = Vec<T>;
+  static SEQATTN_INLINE Value exp(Value x) { return SEQATTN_ISA::exp<T>(x); }
+  static SEQATTN_INLINE Value sigmoid(Value x) { return SEQATTN_ISA::sigmoid<T>(x); }
+  static SEQATTN_INLINE Value tanh(Value x) { return SEQATTN_ISA::tanh<T>(x); }
+  static SEQATTN_INLINE Value relu(Value x) { return at_least(x, Value{}); }
+  static SEQATTN_INLINE Value positive(Value x, Value y) { return x > Value{} ? y : Value{}; }
+};
+
+}  // namespace seqattn::SEQATTN_ISA
