@@ -18,4 +18,13 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "cell_bwd(str cell, Tensor input, Tensor h, Tensor? c, Tensor[] weights, bool has_bias, Tensor reserve, "
       "Tensor? d_h, Tensor? d_c, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:
+  // attend) or added to the scores. A row that attends to nothing has zero weights and context.
+  m.def("additive_pack(Tensor keys) -> Tensor");
+  m.def(
+      "additive_fwd(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, Tensor? mask, "
+      "bool need_weights) -> (Tensor, Tensor)");
+  m.def(
+      "additive_bwd(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
+      "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
 }
