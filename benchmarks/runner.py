@@ -146,6 +146,7 @@ def _figures(name: str, case: Case, outcome: Race, threads: int) -> Contestant:
     ratio = Ratio(math.nan, math.nan, math.nan)
     if STOCK in outcome.timings:
         ratio = Ratio(1.0, 1.0, 1.0) if name == STOCK else outcome.ratio(name, (STOCK, STOCK_AGAIN))
+    limit = _limit(threads)
     return Contestant(
         name,
         _version(name),
@@ -155,7 +156,7 @@ def _figures(name: str, case: Case, outcome: Race, threads: int) -> Contestant:
         ratio=_known(ratio.value),
         ratio_low=_known(ratio.low),
         ratio_high=_known(ratio.high),
-        fma_share=case.flops / timing.median / _limit(threads) if case.flops and _limit(threads) else None,
+        fma_share=case.flops / timing.median / limit if case.flops and limit else None,
     )
 
 
@@ -187,9 +188,8 @@ def _judge(bar: Bar, contestants: list[Contestant]) -> BarResult:
             reached = mine.ratio
         elif (other := found.get(bar.against)) is not None and other.milliseconds is not None:
             reached = other.milliseconds / mine.milliseconds
-    return BarResult(
-        bar.contestant, bar.against, bar.at_least, reached, reached is not None and reached >= bar.at_least
-    )
+    met = reached is not None and reached >= bar.at_least
+    return BarResult(bar.contestant, bar.against, bar.at_least, reached, met)
 
 
 def median_noise(results: Collection[CaseResult]) -> float | None:
