@@ -40,7 +40,7 @@ def main(requirement: str, index: str) -> int:
         if cuda:
             print(
                 f"{requirement}: pip would install {len(cuda)} CUDA packages ({cuda[0]}, ...), since it finds no CPU "
-                "build. Name an index that has one (make TORCH_INDEX=...) or a file (make TORCH=torch-...+cpu-....whl), "
+                "build. Name an index that has one (make TORCH_INDEX=...) or a file (make TORCH=torch-...+cpu....whl), "
                 "or allow CUDA (make ALLOW_CUDA=1).",
                 file=sys.stderr,
             )
