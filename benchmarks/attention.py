@@ -87,8 +87,8 @@ class OurAttention(nn.Module):
 class AttentionProblem(Problem):
     """Query, keys and values as wide as the attention; values of the last are what gradients flow from."""
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        super().__init__(case, seed)
         batch, steps, source, width = (case.shape[key] for key in "BTSA")
         trained = case.mode.has_gradients
         self.query = torch.randn(batch, steps, width, requires_grad=trained)

@@ -31,8 +31,8 @@ STOCK_CELLS: dict[str, tuple[Callable[..., nn.RNNCellBase], dict[str, Any]]] = {
 class Problem:
     """A case made concrete. Modules it hands out hold equal weights; inputs are shared by all contestants."""
 
-    def __init__(self, case: Case) -> None:
-        torch.manual_seed(0)
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        torch.manual_seed(seed)
         self.case = case
         self.stock_module = self._stock().train(case.mode.has_gradients)
 
@@ -96,8 +96,8 @@ def double(tensor: Tensor) -> Tensor:
 class SequenceProblem(Problem):
     """A recurrent module over whole sequences [B, T, I], padded or packed."""
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        super().__init__(case, seed)
         shape = case.shape
         self.input = torch.randn(shape["B"], shape["T"], shape["I"])
         self.lengths: Tensor | None = None
@@ -163,8 +163,8 @@ class SequenceProblem(Problem):
 class CellProblem(Problem):
     """A cell called LOOP_STEPS times in a Python loop, its state fed back."""
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        super().__init__(case, seed)
         batch, width, hidden = (case.shape[key] for key in "BIH")
         self.input = [torch.randn(batch, width, requires_grad=case.mode.has_gradients) for _ in range(LOOP_STEPS)]
         self.state = torch.randn(batch, hidden) / 2
@@ -228,10 +228,10 @@ class CellProblem(Problem):
         return twin
 
 
-def build(case: Case) -> Problem:
-    """The problem of a case."""
+def build(case: Case, seed: int = 0) -> Problem:
+    """The problem of a case, its numbers drawn from ``seed``."""
     from benchmarks.attention import AttentionProblem
 
     if case.operator.endswith("_attention"):
-        return AttentionProblem(case)
-    return CellProblem(case) if case.operator.endswith("_cell") else SequenceProblem(case)
+        return AttentionProblem(case, seed)
+    return CellProblem(case, seed) if case.operator.endswith("_cell") else SequenceProblem(case, seed)
