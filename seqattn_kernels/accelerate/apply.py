@@ -26,6 +26,9 @@ def accelerate(model: ModelT, *, frozen: bool = False, verbose: bool = False) ->
     goes on, a module shared between parents stays shared, hooks and parametrizations stay. What can't be replaced is
     left as it was; ``report(model)`` says why. Calling it again changes nothing.
 
+    Wrap the model (FSDP, ``torch.compile``) after this, and ``restore`` it before it goes to tools that know the
+    classes of torch.nn only: TorchScript, ONNX export, quantization, pickles for machines without this package.
+
     Args:
         model: any module; a recurrent one itself is fine.
         frozen: promise that weights stay as they are until ``unfreeze(model)`` or ``restore(model)``, so that they are
@@ -36,7 +39,7 @@ def accelerate(model: ModelT, *, frozen: bool = False, verbose: bool = False) ->
         ``model`` itself, unless a function registered for its very class replaces it.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a registered function returned none.
     """
     model = _accelerate(_checked(model), {})
     if frozen:
@@ -54,6 +57,10 @@ def restore(model: ModelT) -> ModelT:
     """Undo ``accelerate(model)``: every module gets back the class it had, or its place. Weights stay as they are now.
 
     Modules that were the package's own from the start stay. Frozen weights are released.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: something else changed the class of a module meanwhile, as FSDP2 does.
     """
     return _restore(_checked(model), {})
 
@@ -84,22 +91,29 @@ def _replaced(module: nn.Module) -> nn.Module:
         module.__class__ = accelerated_class(original, entry)
         module.__dict__[MARK] = original
         return module
-    new = entry.by(module).train(module.training)
+    new = entry.by(module)
+    if not isinstance(new, nn.Module):
+        raise TypeError(
+            f"replacement of {type(module).__name__}: expected a torch.nn.Module, got {type(new).__name__} "
+            f"from {entry.by.__name__}"
+        )
     new.__dict__[MARK] = module
-    return new
+    return new.train(module.training)
 
 
 def _restore(module: ModelT, done: dict[int, Any]) -> ModelT:
     key = id(module)
     if key not in done:
         thaw(module)
-        original = module.__dict__.pop(MARK, None)
+        original = module.__dict__.get(MARK)
         if isinstance(original, nn.Module):
             done[key] = original.train(module.training)
+            del module.__dict__[MARK]
             return done[key]
         done[key] = module
         if original is not None:
             module.__class__ = restored_class(type(module), original)
+            del module.__dict__[MARK]
         _visit_children(module, _restore, done)
     return done[key]
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from seqattn_kernels.accelerate.registry import Replacement
+from seqattn_kernels.accelerate.registry import Replacement, find
 
 
 def is_parametrized_class(cls: object) -> bool:
@@ -39,7 +39,13 @@ def restored_class(cls: type, original: type) -> type:
     """The class that a module now of class ``cls`` has to get back, having had ``original``.
 
     It is ``original``, unless parametrizations were registered or removed in between: those stay.
+
+    Raises:
+        RuntimeError: something else changed the class meanwhile.
     """
+    entry = find(_plain(original))
+    if entry is None or _plain(cls) is not accelerated_class(_plain(original), entry):
+        raise RuntimeError(f"{cls.__name__}: the class was changed after accelerate(): restore it as it was first")
     if not is_parametrized_class(cls):
         return _plain(original)
     if is_parametrized_class(original) and vars(cls).keys() == vars(original).keys():

@@ -40,7 +40,7 @@ class Report:
     @property
     def summary(self) -> str:
         if not self.rows:
-            return "no recurrent modules"
+            return "no recurrent modules to replace"
         return f"{len(self.replaced)} of {len(self.rows)} recurrent modules replaced"
 
     def __str__(self) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
-from seqattn_kernels.nn.freezing import Freezable, freeze, frozen, unfreeze
+from seqattn_kernels.nn.freezing import freeze, frozen, unfreeze
 from seqattn_kernels.nn.recurrent import GRU, LSTM, RNN
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
-    "Freezable",
     "GRUCell",
     "LSTMCell",
     "RNNCell",

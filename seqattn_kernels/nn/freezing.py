@@ -147,10 +147,11 @@ def _hold(module: Freezable, holder: Hashable) -> None:
 
 
 def _release(module: Freezable, holder: Hashable) -> None:
-    if module._frozen is not None:
-        module._frozen.holders.discard(holder)
-        if not module._frozen.holders:
-            del module._frozen
+    state = module.__dict__.get("_frozen")  # Not an attribute: its class may have been restored meanwhile.
+    if state is not None:
+        state.holders.discard(holder)
+        if not state.holders:
+            thaw(module)
 
 
 def thaw(module: nn.Module) -> None:

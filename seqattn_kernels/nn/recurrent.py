@@ -12,6 +12,9 @@ lengths:
 return_all_states:
     Also return the states of every step of the last layer: cell states for LSTM, hidden states otherwise, laid out as
     the output is.
+
+``torch.compile`` treats them as it treats torch.nn's: its graph breaks around them (``fullgraph=True`` raises) until
+``torch._dynamo.config.allow_rnn`` is True; then each is a few operators in the graph, whatever the number of steps.
 """
 
 from __future__ import annotations
