@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -24,17 +23,17 @@ class Frozen:
     place (``_version``). Writing through ``weight.data`` leaves no trace: that much the caller promises.
     """
 
-    __slots__ = ("_alive", "_sources", "_stamps", "holders", "packed", "weights")
+    __slots__ = ("_alive", "_kept", "holders", "packed", "weights")
 
     def __init__(self, module: Freezable) -> None:
         self.holders: set[Hashable] = set()
         with torch.no_grad():
             self.weights = module._read_weights()
             self.packed = module._pack_weights(self.weights)
-        self._sources = _sources(module)
+        sources = _sources(module)
+        self._kept = [(tensor, *_stamp(tensor)) for tensor in sources]
         # Holding the memory itself keeps its address from being handed to other weights.
-        self._alive = [tensor.detach() for tensor in self._sources]
-        self._stamps = [_stamp(tensor) for tensor in self._sources]
+        self._alive = [None if tensor is None else tensor.detach() for tensor in sources]
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return type(None), ()  # A copy of a frozen module, by deepcopy or pickle, is not frozen.
@@ -42,9 +41,13 @@ class Frozen:
     def check(self, module: Freezable) -> None:
         """Raise RuntimeError unless the weights are those that were packed."""
         sources = _sources(module)
-        if len(sources) == len(self._sources):
-            for tensor, kept, stamp in zip(sources, self._sources, self._stamps, strict=True):
-                if tensor is not kept or _stamp(tensor) != stamp:
+        if len(sources) == len(self._kept):
+            for tensor, (kept, address, version) in zip(sources, self._kept, strict=True):
+                if tensor is not kept:
+                    break
+                if tensor is None:
+                    continue
+                if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                     break
             else:
                 return
@@ -56,7 +59,7 @@ class Frozen:
     def checked(self, module: Freezable) -> tuple[Sequence[Tensor | None], Any]:
         """The weights and their packed form, safe to use now."""
         self.check(module)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._sources):
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor, _, _ in self._kept):
             raise RuntimeError(
                 f"{type(module).__name__}: its weights are frozen, but gradients would be recorded for them; run under "
                 "torch.no_grad() or torch.inference_mode(), or leave the frozen scope (or call unfreeze) to train"
@@ -64,16 +67,18 @@ class Frozen:
         return self.weights, self.packed
 
 
-def _sources(module: Freezable) -> list[Tensor]:
+def _sources(module: Freezable) -> Sequence[Tensor | None]:
     """The tensors that determine the weights: themselves, or what they are computed from where parametrized."""
     if "parametrizations" in module._modules:
-        return list(chain(module.parameters(), module.buffers()))
-    return [weight for weight in module._read_weights() if weight is not None]
+        return [*module.parameters(), *module.buffers()]
+    return module._read_weights()
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    # Tensors made in inference mode count no versions; outside that mode they can't be written in place either.
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _stamp(tensor: Tensor | None) -> tuple[int | None, int | None]:
+    """Address and version, as far as there are any: tensors made in inference mode count no versions."""
+    if tensor is None:
+        return None, None
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 class Freezable(nn.Module):
