@@ -43,6 +43,7 @@ def _draw(axes: Axes, weights: Tensor, source: Sequence[str], target: Sequence[s
     axes.set_xticks(range(len(source)), source)
     axes.set_yticks(range(len(target)), target)
     axes.xaxis.tick_top()
+    axes.set_anchor("N")
     axes.tick_params(length=0, labelsize=10)
     axes.set_xticks([i - 0.5 for i in range(1, len(source))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(target))], minor=True)

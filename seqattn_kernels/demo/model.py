@@ -19,8 +19,12 @@ class BahdanauAttention(nn.Module):
         self.U = nn.Linear(key_size, size, bias=False)
         self.v = nn.Linear(size, 1, bias=False)
 
+    def project(self, values: Tensor) -> Tensor:
+        """values [B, S, D] -> keys [B, S, A], the same for every step of the decoder."""
+        return self.U(values)
+
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """query [B, Q], keys [B, S, A] (already through `U`), values [B, S, D], mask [B, S], True at letters.
+        """query [B, Q], keys [B, S, A], values [B, S, D], mask [B, S], True at letters.
 
         Returns the context [B, D] and the weights [B, S].
         """
@@ -82,7 +86,7 @@ class G2P(nn.Module):
     def encode(self, letters: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Everything the decoder needs of a word: its first state, keys, values and the mask of its letters."""
         values, last = self.encoder(letters, lengths)
-        keys = self.decoder.attention.U(values)
+        keys = self.decoder.attention.project(values)
         mask = torch.arange(letters.size(1)) < lengths.unsqueeze(1)
         return torch.tanh(self.bridge(last)), keys, values, mask
 
