@@ -160,7 +160,7 @@ def table(findings: Sequence[Finding]) -> Table:
         made.add_column("mean", justify="right", no_wrap=True)
     made.add_column("not met", overflow="fold")
     bars = {"largest": LARGEST_ERROR_RATIO, "mean": MEAN_ERROR_RATIO}
-    for operator, condition in dict.fromkeys((f.operator, f.condition) for f in findings):
+    for operator, condition in dict.fromkeys((finding.operator, finding.condition) for finding in findings):
         rows = [f for f in findings if (f.operator, f.condition) == (operator, condition)]
         cells = []
         for gradient in (False, True):

@@ -11,12 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from benchmarks.cases import FMA_LIMIT, STOCK, STOCK_AGAIN, Bar, Case
 from benchmarks.environment import fma_limit
 from benchmarks.measure import Race, Ratio, race
 from benchmarks.peers import Entry, Peer, registry
-from benchmarks.problems import Problem, build
+from benchmarks.problems import Named, Problem, build
 from benchmarks.results import BarResult, CaseResult, Contestant
 from tests.compare import difference
 
@@ -36,13 +37,20 @@ QUICK = Profile("quick", 0.8, 7)
 
 def check(entry: Entry, problem: Problem) -> str | None:
     """None where the contestant's results are those of float64 within its dtype's tolerance, else what differs."""
-    found = entry.outcome()
+    return _compare(entry.outcome(), problem, entry.dtype)
+
+
+def check_module(module: nn.Module, problem: Problem) -> str | None:
+    """``check`` for a module that takes the problem's inputs."""
+    return _compare(problem.outcome(module, problem.call(module)), problem, problem.case.dtype)
+
+
+def _compare(found: Named, problem: Problem, dtype: torch.dtype) -> str | None:
     expected = problem.oracle
     if [name for name, _ in found] != [name for name, _ in expected]:
         return f"expected the results {[name for name, _ in expected]}, got {[name for name, _ in found]}"
     problems = [
-        difference(actual, oracle, entry.dtype, name)
-        for (name, actual), (_, oracle) in zip(found, expected, strict=True)
+        difference(actual, oracle, dtype, name) for (name, actual), (_, oracle) in zip(found, expected, strict=True)
     ]
     return "\n".join(filter(None, problems)) or None
 
