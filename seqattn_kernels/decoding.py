@@ -275,7 +275,8 @@ class _History:
         slot, length = pool.slot[sentence, place], pool.length[sentence, place]
         longest = int(length.max()) if len(length) else 0
         words = torch.zeros(len(sentence), longest, dtype=torch.long, device=slot.device)
-        maps = _stack([m.new_zeros(len(sentence), m.size(2)) for m in self.weights[:longest]])
+        # At least one step's, so that an empty hypothesis has an alignment of no rows.
+        maps = _stack([m.new_zeros(len(sentence), m.size(2)) for m in self.weights[: max(longest, 1)]])
         for t in range(longest - 1, -1, -1):
             inside = length > t
             words[:, t] = self.words[t][sentence, slot]

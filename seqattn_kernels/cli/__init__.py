@@ -28,8 +28,8 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-@app.command()
-def doctor(threads: Threads = None) -> None:
+@app.command("doctor")
+def run_doctor(threads: Threads = None) -> None:
     """Say what is built and active here, what is missing, and how to get it."""
     from seqattn_kernels.cli.doctor import examine
 
@@ -37,8 +37,8 @@ def doctor(threads: Threads = None) -> None:
     examine(Console())
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def run_compare(
     factory: Annotated[
         str,
         typer.Argument(
@@ -72,8 +72,8 @@ def compare(
     raise typer.Exit(0 if comparison.agrees else 1)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def run_demo(
     full: Annotated[
         bool, typer.Option("--full", help="Train properly: better transcriptions, in half an hour.")
     ] = False,
@@ -92,23 +92,21 @@ def demo(
     raise typer.Exit(status)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def bench(context: typer.Context) -> None:
+@app.command(
+    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def run_bench(context: typer.Context) -> None:
     """Run the benchmarks of a checkout: `seqattn bench recurrent`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     try:
-        from benchmarks.run import main as run_benchmarks
+        from benchmarks.run import main as run
     except ModuleNotFoundError as error:
         message = f"the benchmarks are part of a checkout, not of an installed package ({error})"
         Console(stderr=True).print(f"[bold red]seqattn bench:[/] {message}", highlight=False)
         raise typer.Exit(2) from None
-    raise typer.Exit(run_benchmarks(context.args) or 0)
+    raise typer.Exit(run(context.args) or 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; leaves by SystemExit."""
     app(args=list(argv) if argv is not None else None, prog_name="seqattn")
-
-
-if __name__ == "__main__":
-    main()

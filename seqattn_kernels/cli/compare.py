@@ -142,7 +142,7 @@ def make_case(factory: Callable[[], Any], path: str) -> Case:
 
 
 def make_pair(factory: Callable[[], Any], path: str) -> tuple[Case, Case]:
-    """Two models with the same weights, both to be called with copies of the first one's inputs."""
+    """Two models with the same weights, each with its own copy of the first one's inputs."""
     first, second = make_case(factory, path), make_case(factory, path)
     model = second.model
     try:
@@ -152,7 +152,8 @@ def make_pair(factory: Callable[[], Any], path: str) -> tuple[Case, Case]:
             model.load_state_dict(first.model.state_dict())
     except Exception as error:
         raise FactoryError(f"{path}: its two models can't be given the same weights ({_describe(error)})") from error
-    return first, Case(model, _copied(first.args), _copied(first.kwargs))
+    first, second = (Case(m, _copied(first.args), _copied(first.kwargs)) for m in (first.model, model))
+    return first, second
 
 
 def compare_models(path: str, *, train: bool, seconds: float, console: Console) -> Comparison:

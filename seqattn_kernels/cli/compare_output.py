@@ -24,7 +24,8 @@ def show(comparison: Comparison, console: Console) -> None:
     for difference in comparison.differences:
         if difference.problem is not None:
             console.print(f"[bold red]{difference.what}:[/] {escape(difference.problem)}")
-    console.print(_mode_table(comparison))
+    if comparison.modes:
+        console.print(_mode_table(comparison))
     for note in comparison.notes:
         console.print(f"[dim]Note: {escape(note)}[/]")
     if comparison.agrees:
@@ -50,7 +51,7 @@ def _difference_table(comparison: Comparison) -> Table:
 
 
 def _mode_table(comparison: Comparison) -> Table:
-    table = Table(title=f"Time and memory, {comparison.threads} threads", title_justify="left")
+    table = Table(title=f"Time and memory, threads: {comparison.threads}", title_justify="left")
     table.add_column("")
     for heading in ("stock", "accelerated", "times faster", "stock memory", "accelerated", "times less"):
         table.add_column(heading, justify="right")

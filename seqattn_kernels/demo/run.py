@@ -228,13 +228,14 @@ def show_words(data: Pronunciations, hypotheses: list[Hypothesis], console: Cons
 
 def draw_alignments(data: Pronunciations, hypotheses: list[Hypothesis], path: Path, count: int = 6) -> None:
     """The first held-out words of 7 to 11 letters, right or wrong."""
-    words = [i for i, word in enumerate(data.held_out) if 7 <= len(word) <= 11][:count]
-    if not words:
-        words = list(range(min(count, len(data.held_out))))
+    said = [i for i, hypothesis in enumerate(hypotheses) if hypothesis.tokens]
+    words = [i for i in said if 7 <= len(data.held_out[i]) <= 11] or said
     alignments = []
-    for i in words:
+    for i in words[:count]:
         phonemes = data.phonemes.decode(hypotheses[i].tokens)
         alignments.append((hypotheses[i].alignment, list(data.held_out[i]), phonemes, f"“{data.held_out[i]}”"))
+    if not alignments:
+        return
     plot_alignments(
         alignments,
         title="What the decoder looks at: letters across, phonemes it says down",
