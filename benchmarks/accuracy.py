@@ -155,8 +155,8 @@ def table(findings: Sequence[Finding]) -> Table:
     made = Table(title="errors against float64, ours over stock", title_justify="left", pad_edge=False)
     for heading in ("operator", "inputs"):
         made.add_column(heading, no_wrap=True)
-    for part in ("forward", "gradients"):
-        made.add_column(f"{part}: largest", justify="right", no_wrap=True)
+    for results in ("forward", "gradients"):
+        made.add_column(f"{results}: largest", justify="right", no_wrap=True)
         made.add_column("mean", justify="right", no_wrap=True)
     made.add_column("not met", overflow="fold")
     bars = {"largest": LARGEST_ERROR_RATIO, "mean": MEAN_ERROR_RATIO}
