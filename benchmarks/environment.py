@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ def pin_threads() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, sys.orig_argv)
+
+
+def in_pinned_process(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` with OMP_PROC_BIND=true, for callers that have torch already; its exit code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "OMP_PROC_BIND": "true", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=variables, check=False).returncode
 
 
 def bound_cores() -> set[int]:

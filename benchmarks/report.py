@@ -178,8 +178,10 @@ def draw(documents: Mapping[str, Document], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_yticks([1, 2, 5, 10, 20, 50, 100], labels=["1", "2", "5", "10", "20", "50", "100"])
         axis.set_yticks([], minor=True)
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(0.8, low), max(2.5, high * 1.15))
+        # The recurrent panels share their scale; attention's gains are of another size.
+        shown = recurrent if cases and cases[0].suite == "recurrent" else cases
+        ratios_shown = [c.ratio for case in shown for c in case.contestants if c.ratio is not None]
+        axis.set_ylim(min([0.8, *(0.8 * ratio for ratio in ratios_shown)]), 1.4 * max([2, *ratios_shown]))
         axis.set_xticks(range(len(shapes)), labels=[shape.replace(",", "\n") for shape in shapes], fontsize=7)
         axis.set_title(OPERATORS[operator])
         axis.set_xlabel(",".join(cases[0].shape) if cases else "", fontsize=8)

@@ -6,12 +6,13 @@ Restarts itself with OMP_PROC_BIND=true where that is not set, so torch is impor
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.environment import pin_threads
+from benchmarks.environment import in_pinned_process, pin_threads
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if "OMP_PROC_BIND" not in os.environ:
+        return in_pinned_process("benchmarks.run", sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
     from rich.console import Console
     from rich.progress import Progress
