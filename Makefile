@@ -27,7 +27,7 @@ test: $(VENV)/.dev build
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.bench build
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.run $(or $(ARGS),recurrent)
 
 doctor: $(VENV)/.package build
 	$(BIN)/seqattn doctor
