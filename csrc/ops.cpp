@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   // Results: gradients of input, h0, c0 and the weights (empty where not needed).
   m.def(
       "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "bool has_bias, Tensor output, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
+      "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
       "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
   // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged.
   m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias) -> Tensor[]");

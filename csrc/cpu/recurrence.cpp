@@ -254,9 +254,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
   Tensor states = torch::stable::new_empty(input, cell_states && cell.has_cell ? shape : none);
   Tensor hn = torch::stable::new_empty(input, {D, B, sizes.output});
   Tensor cn = torch::stable::new_empty(input, cell.has_cell ? std::vector<int64_t>{D, B, sizes.hidden} : none);
-  const int64_t reserve_values = all_rows * cell.saved * padded(sizes.hidden);
+  const int64_t reserve_values = all_rows * reserved(cell.saved) * padded(sizes.hidden);
   Tensor reserve = torch::stable::new_empty(
-      input, save && cell.saved ? std::vector<int64_t>{D, all_rows, cell.saved * padded(sizes.hidden)} : none);
+      input, save ? std::vector<int64_t>{D, all_rows, reserved(cell.saved) * padded(sizes.hidden)} : none);
 
   Problem<T> p{};
   p.rows = rows;
@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
     d.cell_states = cell_states && cell.has_cell ? states.mutable_data_ptr<T>() + i * sizes.hidden : nullptr;
     d.hn = hn.mutable_data_ptr<T>() + i * B * sizes.output;
     d.cn = cell.has_cell ? cn.mutable_data_ptr<T>() + i * B * sizes.hidden : nullptr;
-    d.reserve = save && cell.saved ? reserve.mutable_data_ptr<T>() + i * reserve_values : nullptr;
+    d.reserve = save ? reserve.mutable_data_ptr<T>() + i * reserve_values : nullptr;
     if (p.prepacked) {
       check_tensor("packed", packed[i], dtype_of<T>(), {pack_values});
       d.packed = const_cast<T*>(packed[i].const_data_ptr<T>());
@@ -300,8 +300,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     int64_t number, const Tensor& input, const std::optional<Tensor>& sizes_or_lengths, int64_t layout,
     const std::optional<Tensor>& h0, const std::optional<Tensor>& c0, const std::vector<Tensor>& weights, bool has_bias,
-    const Tensor& output, const Tensor& reserve, const std::optional<Tensor>& d_output,
-    const std::optional<Tensor>& d_hn, const std::optional<Tensor>& d_cn, const std::optional<Tensor>& d_cell_states,
+    const Tensor& reserve, const std::optional<Tensor>& d_output, const std::optional<Tensor>& d_hn, const std::optional<Tensor>& d_cn, const std::optional<Tensor>& d_cell_states,
     bool need_input, bool need_weights) {
   const CellInfo& cell = cell_info(number);
   const RowPlan plan(input, sizes_or_lengths, layout);
@@ -310,10 +309,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   const Sizes sizes = read_weights<T>(cell, input.size(-1), weights, has_bias, &directions);
   const int64_t D = int64_t(directions.size()), B = rows.batch;
   const int64_t all_rows = layout == kPacked ? input.size(0) : rows.steps * B;
-  const int64_t reserve_values = all_rows * cell.saved * padded(sizes.hidden);
+  const int64_t reserve_values = all_rows * reserved(cell.saved) * padded(sizes.hidden);
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape.back() = D * sizes.output;
-  check_tensor("output", output, dtype_of<T>(), shape);
   if (d_output) check_tensor("d_output", *d_output, dtype_of<T>(), shape);
   shape.back() = D * sizes.hidden;
   if (d_cell_states) check_tensor("d_cell_states", *d_cell_states, dtype_of<T>(), shape);
@@ -321,11 +319,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   if (d_cn) check_tensor("d_cn", *d_cn, dtype_of<T>(), {D, B, sizes.hidden});
   if (h0) check_tensor("h0", *h0, dtype_of<T>(), {D, B, sizes.output});
   if (c0) check_tensor("c0", *c0, dtype_of<T>(), {D, B, sizes.hidden});
-  if (cell.saved) check_tensor("reserve", reserve, dtype_of<T>(), {D, all_rows, cell.saved * padded(sizes.hidden)});
+  check_tensor("reserve", reserve, dtype_of<T>(), {D, all_rows, reserved(cell.saved) * padded(sizes.hidden)});
   for (const auto* t : {&d_output, &d_hn, &d_cn, &d_cell_states, &h0, &c0}) {
     if (*t && !(*t)->is_contiguous()) fail("gradients and states: expected contiguous tensors");
   }
-  if (!input.is_contiguous() || !output.is_contiguous()) fail("input, output: expected contiguous tensors");
+  if (!input.is_contiguous()) fail("input: expected a contiguous tensor");
 
   const std::vector<int64_t> none{0};
   std::vector<int64_t> input_shape(input.sizes().begin(), input.sizes().end());
@@ -354,8 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     Direction<T>& d = p.direction[i] = directions[i];
     d.h0 = h0 ? h0->const_data_ptr<T>() + i * B * sizes.output : nullptr;
     d.c0 = c0 ? c0->const_data_ptr<T>() + i * B * sizes.hidden : nullptr;
-    d.output = const_cast<T*>(output.const_data_ptr<T>()) + i * sizes.output;
-    d.reserve = cell.saved ? const_cast<T*>(reserve.const_data_ptr<T>()) + i * reserve_values : nullptr;
+    d.reserve = const_cast<T*>(reserve.const_data_ptr<T>()) + i * reserve_values;
     d.d_output = d_output ? data<T>(d_output) + i * sizes.output : nullptr;
     d.d_cell_states = d_cell_states ? data<T>(d_cell_states) + i * sizes.hidden : nullptr;
     d.d_hn = d_hn ? data<T>(d_hn) + i * B * sizes.output : nullptr;
@@ -423,12 +420,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_bwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> sizes, int64_t layout, std::optional<Tensor> h0,
-    std::optional<Tensor> c0, std::vector<Tensor> weights, bool has_bias, Tensor output, Tensor reserve,
+    std::optional<Tensor> c0, std::vector<Tensor> weights, bool has_bias, Tensor reserve,
     std::optional<Tensor> d_output, std::optional<Tensor> d_hn, std::optional<Tensor> d_cn,
     std::optional<Tensor> d_cell_states, bool need_input, bool need_weights) {
   return with_dtype(input, [&](auto t) {
-    return backward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, has_bias, output, reserve, d_output, d_hn,
-                                 d_cn, d_cell_states, need_input, need_weights);
+    return backward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn,
+                                 d_cell_states, need_input, need_weights);
   });
 }
 

@@ -19,6 +19,9 @@ inline constexpr int64_t kUnitPad = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + kUnitPad - 1) / kUnitPad * kUnitPad; }
 
+// Values a unit keeps for backward: the cell's own, and h (its place in the row of a projected cell holds the output).
+constexpr int reserved(int saved) { return saved + 1; }
+
 struct Rows {
   int64_t steps, batch;
   const int64_t* active;       // [steps]
@@ -47,7 +50,7 @@ struct Direction {
   T* output;         // rows of output values, ld given beside
   T* cell_states;    // rows of hidden values or null
   T *hn, *cn;        // [batch, output], [batch, hidden]
-  T* reserve;        // [compact rows][saved][padded(hidden)] or null
+  T* reserve;        // [compact rows][reserved][padded(hidden)] or null
   T* packed;         // packed_size() values: to be filled, or already so
 
   // Backward only; gradients that are null are zero (d_*n, d_output) or not wanted (others).

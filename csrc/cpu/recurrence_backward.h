@@ -119,6 +119,7 @@ class BackwardDirection {
  private:
   static constexpr int W = kLanes<T>;
   static constexpr int kHSlot = Cell::kSlots - Cell::kGates;
+  static constexpr int kReserved = reserved(Cell::kSaved);
 
   // Row k of [slot][padded unit] in torch's w[gate * H + unit][ld]; null in the padding.
   const T* slot_row(const T* w, int64_t ld, int64_t k, int (*gate_of)(int), int first_slot) const {
@@ -172,10 +173,13 @@ class BackwardDirection {
     return t + 1 < rows_.steps && i < rows_.active[t + 1] ? t + 1 : -1;
   }
 
+  // What forward kept of step t: [kSaved values, h][padded(hidden)].
+  const T* reserve(int64_t t, int64_t i) const { return d_.reserve + (rows_.first[t] + i) * kReserved * s_.ld_c; }
+
   // Values of h just before step t, or null for zeros.
   const T* previous_h(int64_t t, int64_t i) const {
     const int64_t before = previous(t, i);
-    if (before >= 0) return d_.output + rows_.row(before, i) * p_.ld_output;
+    if (before >= 0) return reserve(before, i) + Cell::kSaved * s_.ld_c;
     return d_.h0 ? d_.h0 + rows_.batch_index[i] * sizes_.output : nullptr;
   }
 
@@ -223,13 +227,13 @@ class BackwardDirection {
   void cell_gradients(int64_t t, int64_t i, int64_t local, int64_t unit) {
     const int64_t left = sizes_.hidden - unit, width = s_.ld_c, row = rows_.row(t, i);
     Vec<T> saved[Cell::kSaved + 1], h{}, c{}, h_new{}, dh, dc{}, d_pre[Cell::kSlots], dh_old{}, dc_old{};
-    const T* reserve = d_.reserve + (rows_.first[t] + i) * Cell::kSaved * width + unit;
+    const T* kept = reserve(t, i) + unit;
 #pragma GCC unroll 8
-    for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load(reserve + s * width);
+    for (int s = 0; s < Cell::kSaved; ++s) saved[s] = load(kept + s * width);
     if constexpr (Cell::kHasCell) {
       const int64_t before = previous(t, i);
       if (before >= 0) {
-        c = load(d_.reserve + ((rows_.first[before] + i) * Cell::kSaved + Cell::kSaved - 1) * width + unit);
+        c = load(reserve(before, i) + (Cell::kSaved - 1) * width + unit);
       } else if (d_.c0) {
         c = load_partial(d_.c0 + rows_.batch_index[i] * sizes_.hidden + unit, left);
       }
@@ -237,7 +241,7 @@ class BackwardDirection {
       if (d_.d_cell_states) dc += load_partial(d_.d_cell_states + row * p_.ld_cell + unit, left);
     } else {
       if (const T* before = previous_h(t, i)) h = load_partial(before + unit, left);
-      h_new = load_partial(d_.output + row * p_.ld_output + unit, left);
+      h_new = load(kept + Cell::kSaved * width);
     }
     if (sizes_.projected) {
       dh = load(s_.full + local * s_.ld_full + unit);

@@ -29,12 +29,14 @@ template <class Cell, class T>
 struct PackedWeights {
   static constexpr int W = kLanes<T>;
   static constexpr int kUnits = Cell::kGates == 1 ? kMaxPanel : 1;  // vectors of units in a panel
+  // Gates multiplied at a time: four would leave room for few rows, and weights would be read more often.
+  static constexpr int kPart = Cell::kGates == 4 ? 2 : Cell::kGates;
 
   Sizes sizes;
   Groups panels, projections;
   T *ih, *hh, *bias, *hr;
 
-  // Layout: W_ih [panel][I][gate][units], W_hh [panel][output][gate][units], bias [panel][slot][units],
+  // Layout: W_ih [panel][part][I][gate][units], W_hh [panel][part][output][gate][units], bias [panel][slot][units],
   // W_hr [group][H][outputs].
   PackedWeights(const Sizes& s, T* data)
       : sizes(s), panels(vectors_of<T>(s.hidden), kUnits), projections(vectors_of<T>(s.output)) {
@@ -55,19 +57,29 @@ struct PackedWeights {
   T* hh_panel(int64_t p) const { return hh + panels.begin(p) * W * Cell::kGates * sizes.output; }
   T* bias_panel(int64_t p) const { return bias + panels.begin(p) * W * Cell::kSlots; }
   T* hr_group(int64_t g) const { return hr + projections.begin(g) * W * sizes.hidden; }
+
+  // pre[row][gate][units] += a[row][K] times a panel.
+  static void multiply(T* pre, int64_t ld, const T* a, int64_t lda, const T* panel, int64_t K, int64_t rows,
+                       int64_t units) {
+    for (int gate = 0; gate < Cell::kGates; gate += kPart) {
+      multiply_panel(pre + gate * units * W, ld, a, lda, panel + gate * units * W * K, K, rows, int(kPart * units), true);
+    }
+  }
 };
 
-// out[k][slot][unit] of one panel from torch's w[gate * H + unit][k].
+// out[part][k][gate][unit] of one panel from torch's w[gate * H + unit][k].
 template <class Cell, class T>
 void pack_panel(T* out, const T* w, int64_t K, int64_t hidden, int64_t first_vector, int64_t units,
                 int (*gate_of)(int), int first_slot) {
-  constexpr int W = kLanes<T>;
-  const int64_t ld = Cell::kGates * units * W;
+  constexpr int W = kLanes<T>, kPart = PackedWeights<Cell, T>::kPart;
+  const int64_t ld = kPart * units * W;
   for (int slot = 0; slot < Cell::kGates; ++slot) {
+    T* part = out + slot / kPart * K * ld;
     for (int64_t v = 0; v < units; ++v) {
       const int64_t unit = (first_vector + v) * W;
       const int64_t rows = hidden - unit < W ? hidden - unit : W;
-      transpose_strip(out + (slot * units + v) * W, ld, w + (gate_of(first_slot + slot) * hidden + unit) * K, K, rows, K);
+      transpose_strip(part + (slot % kPart * units + v) * W, ld, w + (gate_of(first_slot + slot) * hidden + unit) * K, K,
+                      rows, K);
     }
   }
 }
@@ -165,6 +177,7 @@ class ForwardDirection {
  private:
   static constexpr int W = kLanes<T>;
   static constexpr int kHSlot = Cell::kSlots - Cell::kGates;
+  static constexpr int kReserved = reserved(Cell::kSaved);
 
   static void copy_row(T* out, const T* in, int64_t n) {
     if (in) {
@@ -213,7 +226,7 @@ class ForwardDirection {
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t j = 0; j < ld; j += W) store(pre + r * ld + j, load(bias + j));
       }
-      multiply_panel(pre, ld, x, ldx, packed_.ih_panel(p), sizes_.input, n, int(Cell::kGates * units), true);
+      packed_.multiply(pre, ld, x, ldx, packed_.ih_panel(p), sizes_.input, n, units);
     }
   }
 
@@ -232,8 +245,7 @@ class ForwardDirection {
       const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
       const int64_t ld = Cell::kSlots * units * W;
       T* pre = pre_panel(p) + (compact - chunk_first) * ld;
-      multiply_panel(pre + kHSlot * units * W, ld, h_[0], ldh_, packed_.hh_panel(p), sizes_.output, n,
-                     int(Cell::kGates * units), true);
+      packed_.multiply(pre + kHSlot * units * W, ld, h_[0], ldh_, packed_.hh_panel(p), sizes_.output, n, units);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t v = 0; v < units; ++v) apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);
       }
@@ -266,10 +278,11 @@ class ForwardDirection {
       store(h_[1] + i * ldh_ + unit, h_new);
       store_partial(d_.output + rows_.row(t, i) * p_.ld_output + unit, h_new, left);
     }
-    if (Cell::kSaved && d_.reserve) {
-      T* reserve = d_.reserve + compact * Cell::kSaved * ldc_ + unit;
+    if (d_.reserve) {
+      T* reserve = d_.reserve + compact * kReserved * ldc_ + unit;
 #pragma GCC unroll 8
       for (int s = 0; s < Cell::kSaved; ++s) store(reserve + s * ldc_, saved[s]);
+      if (!sizes_.projected) store(reserve + Cell::kSaved * ldc_, h_new);
     }
   }
 
@@ -282,7 +295,9 @@ class ForwardDirection {
       multiply_panel(h_[1] + column, ldh_, full_, ldf_, packed_.hr_group(g), sizes_.hidden, n, int(width / W), false);
       const int64_t left = sizes_.output - column < width ? sizes_.output - column : width;
       for (int64_t i = 0; i < n; ++i) {
-        copy_row(d_.output + rows_.row(t, i) * p_.ld_output + column, h_[1] + i * ldh_ + column, left);
+        const T* h = h_[1] + i * ldh_ + column;
+        copy_row(d_.output + rows_.row(t, i) * p_.ld_output + column, h, left);
+        if (d_.reserve) copy_row(d_.reserve + ((rows_.first[t] + i) * kReserved + Cell::kSaved) * ldc_ + column, h, width);
       }
     }
   }
