@@ -85,7 +85,7 @@ def table(title: str, results: Sequence[CaseResult]) -> Table:
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", pad_edge=False)
-    for heading in ("operator", "mode", "shape", "T"):
+    for heading in ("operator", "mode", "shape", "threads"):
         made.add_column(heading, no_wrap=True)
     made.add_column("contestant", no_wrap=True)
     for heading in ("ms", "20-80 %", "x stock", "interval", "bar", "of FMA"):
@@ -135,11 +135,15 @@ def remarks(results: Sequence[CaseResult]) -> list[str]:
     """What the tables do not show: failures, absences, disturbance, noise."""
     from benchmarks.runner import median_noise
 
-    lines = []
+    failures: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for contestant in result.contestants:
             if contestant.failure:
-                lines.append(f"failed, not timed: {contestant.name} in {result.name}: {contestant.failure}")
+                failures.setdefault((contestant.name, contestant.failure), []).append(result.name)
+    lines = [
+        f"failed, not timed: {name} in {', '.join(dict.fromkeys(where))}: {failure}"
+        for (name, failure), where in failures.items()
+    ]
     absent = {(c.name, c.missing) for r in results for c in r.contestants if c.missing and c.missing != "not asked for"}
     lines += [f"absent: {name}: {reason}" for name, reason in sorted(absent)]
     lines += [f"disturbed by other processes: {r.name} at {r.threads} threads" for r in results if r.disturbed]
@@ -147,8 +151,13 @@ def remarks(results: Sequence[CaseResult]) -> list[str]:
     if noise is not None:
         worst = max(results, key=lambda result: result.noise or 0.0)
         lines.append(f"noise (A/A pair): median {noise:.1%}, worst {worst.noise:.1%} in {worst.name}")
-    bars = [bar for result in results for bar in result.bars]
-    lines.append(f"bars met: {sum(bar.met for bar in bars)} of {len(bars)}")
+    bars = [(result, bar) for result in results for bar in result.bars]
+    for result, bar in bars:
+        if not bar.met:
+            reached = "not timed" if bar.reached is None else f"{bar.reached:.2f}"
+            what = f"{bar.contestant} in {result.name} at {result.threads} threads"
+            lines.append(f"bar missed: {what}: {reached} of {bar.at_least:g} ({bar.against})")
+    lines.append(f"bars met: {sum(bar.met for _, bar in bars)} of {len(bars)}")
     return lines
 
 

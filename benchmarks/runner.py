@@ -125,7 +125,7 @@ def _qualify(
             entry = peer.prepare(problem, stack)
             failure = check(entry, problem)
         except Exception as error:  # one that breaks is reported by name; the others are still measured
-            failure = f"{type(error).__name__}: {error}"
+            failure = f"{type(error).__name__}: {error}".removesuffix(": ")
         if failure is None:
             calls[name] = entry.call
         else:
