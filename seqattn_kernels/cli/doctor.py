@@ -110,14 +110,15 @@ def triton() -> Finding:
 
 
 def backends() -> Iterator[Finding]:
-    from seqattn_kernels.backends import BACKENDS
+    """Each backend of recurrent calls, asked about an everyday one: float32 on the CPU."""
+    from seqattn_kernels.backends import RECURRENCE, Request
 
-    for backend in BACKENDS:
-        why_not = backend.why_not()
-        if why_not is None:
-            yield Finding(f"backend {backend.name}", GOOD, "ready")
-        else:
-            yield Finding(f"backend {backend.name}", MISSING, why_not)
+    cpu = torch.device("cpu")
+    request = Request("gru", cpu, torch.float32, rows=1600, batch=16, hidden=256, training=False)
+    for backend in RECURRENCE:
+        why_not = backend.why_not(request)
+        name = f"backend {backend.name}"
+        yield Finding(name, GOOD, "ready") if why_not is None else Finding(name, MISSING, why_not)
 
 
 def threads() -> Iterator[Finding]:
