@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cells/registry.h"
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
 
@@ -21,6 +22,13 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<std::string>{"baseline"};
 #endif
   });
+  m.def("cells", [] {
+    std::vector<std::string> names;
+#define SEQATTN_NAME(Cell) names.emplace_back(seqattn::Cell::kName);
+    SEQATTN_FOR_EACH_CELL(SEQATTN_NAME)
+#undef SEQATTN_NAME
+    return names;
+  }, "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
   m.def(
       "gang_size",
       [](int threads) {

@@ -3,21 +3,20 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(seqattn, m) {
-  // One layer of a recurrent network, all its directions, all time steps. `sequence` says how rows are laid out.
+  // One layer of a recurrent network: all its directions, all time steps. `cell` is the place in cells/registry.h.
+  // layout 0: input [T, B, I], 1: [B, T, I], 2: packed rows [N, I]. sizes: lengths [B], or batch sizes [T] when packed.
+  // weights: for each direction w_ih, w_hh, then b_ih, b_hh (has_bias), then w_hr (projection), in torch's layout.
+  // Results: output, h_n, c_n, cell states of every step, reserve for backward (the last three may be empty).
   m.def(
-      "recurrence_fwd(str cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
+      "recurrence_fwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
       "Tensor[] packed, bool has_bias, bool save, bool cell_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Results: gradients of input, h0, c0 and the weights (empty where not needed).
   m.def(
-      "recurrence_bwd(str cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "bool has_bias, Tensor output, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
+      "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
+      "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
       "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
-  m.def("recurrence_pack(str cell, Tensor[] weights, bool has_bias) -> Tensor[]");
-  m.def(
-      "cell_fwd(str cell, Tensor input, Tensor h, Tensor? c, Tensor[] weights, Tensor[] packed, bool has_bias, "
-      "bool save) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "cell_bwd(str cell, Tensor input, Tensor h, Tensor? c, Tensor[] weights, bool has_bias, Tensor reserve, "
-      "Tensor? d_h, Tensor? d_c, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged.
+  m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias) -> Tensor[]");
   // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:
   // attend) or added to the scores. A row that attends to nothing has zero weights and context.
   m.def("additive_pack(Tensor keys) -> Tensor");

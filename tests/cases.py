@@ -21,8 +21,8 @@ class RecurrentKind:
 
     name: str
     gates: int
-    module: type[nn.RNNBase]
-    cell: type[nn.RNNCellBase]
+    module: Callable[..., nn.RNNBase]
+    cell: Callable[..., nn.RNNCellBase]
     function: str  # in seqattn_kernels.functional; its cell is <function>_cell
     options: tuple[tuple[str, Any], ...] = ()
 

@@ -29,7 +29,7 @@ MEAN_ERROR_RATIO = 1.5
 
 
 def to_float64(value: Any) -> Any:
-    """A copy of a nest of tensors with every floating tensor in float64, detached; gradients are asked for as before."""
+    """A copy of a nest with every floating tensor in float64, detached; they ask for gradients as before."""
     if isinstance(value, PackedSequence):
         return value._replace(data=to_float64(value.data))
     if isinstance(value, Tensor):

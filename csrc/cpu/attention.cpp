@@ -220,7 +220,7 @@ void forward(Problem<T>& problem) {
   AttentionArgs<T>& args = problem.args;
   const AttentionKernels<T>& kernel = kernels<T>();
   const int64_t items = args.B * args.tiles();
-  const int threads = problem.threads(args.B * args.T_ * args.S * args.A);
+  const int threads = problem.threads(args.B * args.T_ * args.S * (args.A + args.D));
   const int64_t each = round_up(forward_scratch(args), 64 / int64_t(sizeof(T)));
   Scratch<T> scratch(each * threads);
   if (threads > 1 && items < 4 * threads && items % threads) {

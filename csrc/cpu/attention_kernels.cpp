@@ -29,6 +29,21 @@ SEQATTN_INLINE Vec<T> abs(Vec<T> x) {
   return x < Vec<T>{} ? -x : x;
 }
 
+// max(most, |x|), NaN from the first NaN on.
+template <class T>
+SEQATTN_INLINE Vec<T> larger(Vec<T> most, Vec<T> x) {
+  const Vec<T> size = abs<T>(x);
+  return (most > size) | (most != most) ? most : size;
+}
+
+// Whether no lane is past the bound, or NaN.
+template <class T>
+SEQATTN_INLINE bool all_at_most(Vec<T> x, T bound) {
+  bool all = true;
+  for (int i = 0; i < kLanes<T>; ++i) all &= x[i] <= bound;
+  return all;
+}
+
 template <class T>
 inline constexpr T kInfinity = T(__builtin_inf());
 
@@ -63,6 +78,16 @@ SEQATTN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// What a packed block holds: tanh k, e^2k or k, by its largest |k|.
+enum class Keys { small, exponential, plain };
+
+template <class T>
+SEQATTN_INLINE Keys form_of(T kmax) {
+  return kmax <= T(Additive::kSmall) ? Keys::small
+         : kmax <= Additive::kLargestKey<T> ? Keys::exponential
+                                            : Keys::plain;
+}
+
 // Packs keys [16, A] (the last `16 - count` missing: taken as 0) into one block.
 template <class T>
 void pack_block(const T* keys, int64_t count, int64_t A, T* block) {
@@ -75,7 +100,7 @@ void pack_block(const T* keys, int64_t count, int64_t A, T* block) {
     }
   }
   const T kmax = max_lanes<T>(largest);
-  const bool exponential = kmax <= Additive::kLargestKey<T>;
+  const Keys form = form_of(kmax);
   const int64_t rows = packed_rows(A) - 1;
   for (int64_t a = 0; a < A; a += W) {
     const int64_t columns = rows - a < W ? rows - a : W;
@@ -85,7 +110,7 @@ void pack_block(const T* keys, int64_t count, int64_t A, T* block) {
       for (int i = 0; i < W; ++i) {
         const int64_t s = first + i;
         const Vec<T> k = s < count ? load_partial(keys + s * A + a, A - a) : Vec<T>{};
-        tile[i] = exponential ? exp<T>(k + k) : k;
+        tile[i] = form == Keys::exponential ? exp<T>(k + k) : form == Keys::small ? tanh<T>(k) : k;
       }
       transpose<T>(tile);
       for (int64_t i = 0; i < columns; ++i) store(block + (a + i) * kKeyBlock + first, tile[i]);
@@ -103,11 +128,11 @@ void pack(const AttentionArgs<T>& args, T* packed, int64_t begin, int64_t end) {
   }
 }
 
-// The queries of one tile, ready for the score forms: e^2q and q, rows of packed_rows(A) elements, zero past A.
+// The queries of one tile, ready for the score forms, rows of packed_rows(A) elements, zero past A.
 template <class T>
 struct TileQueries {
-  T* exponentials;
-  T* plain;
+  T *plain, *exponentials, *tangents;  // q, e^2q; tanh q where all are small
+  bool small;
   int64_t stride;
 };
 
@@ -115,13 +140,21 @@ template <class T>
 TileQueries<T> prepare_queries(const AttentionArgs<T>& args, int64_t b, int64_t t0, int64_t rows, T* scratch) {
   constexpr int W = kLanes<T>;
   const int64_t width = packed_rows(args.A);
-  const TileQueries<T> tile{scratch, scratch + kTileRows * width, width};
+  TileQueries<T> tile{scratch, scratch + kTileRows * width, scratch + 2 * kTileRows * width, false, width};
+  Vec<T> largest{};
   for (int64_t i = 0; i < rows; ++i) {
     const T* q = args.query + (b * args.T_ + t0 + i) * args.A;
     for (int64_t a = 0; a < width; a += W) {
       const Vec<T> x = a < args.A ? load_partial(q + a, args.A - a) : Vec<T>{};
+      largest = larger<T>(largest, x);
       store_partial(tile.plain + i * width + a, x, width - a);
       store_partial(tile.exponentials + i * width + a, exp<T>(x + x), width - a);
+    }
+  }
+  tile.small = all_at_most<T>(largest, T(Additive::kSmall));
+  if (tile.small) {
+    for (int64_t n = 0; n < rows * width; n += W) {
+      store_partial(tile.tangents + n, tanh<T>(load_partial(tile.plain + n, rows * width - n)), rows * width - n);
     }
   }
   return tile;
@@ -136,7 +169,7 @@ SEQATTN_INLINE void prefetch_ahead(const T* p) {
   for (int i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + i * 64);
 }
 
-enum class Form { merged, single, plain };
+enum class Form { small, merged, single, plain };
 
 // Scores of N queries against K blocks of 16 keys: out[i][16 * K], rows `ld` apart.
 template <class T, Form form, int N, int K>
@@ -144,8 +177,10 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
                                T* out, int64_t ld) {
   using M = ScoreMath<T>;
   constexpr int W = kLanes<T>;
+  constexpr int64_t kSum = 32;
   const int64_t rows = packed_rows(args.A) - 1, size = packed_block(args.A);
-  const T* q0 = (form == Form::plain ? tile.plain : tile.exponentials) + first * tile.stride;
+  const T* q0 = (form == Form::small ? tile.tangents : form == Form::plain ? tile.plain : tile.exponentials) +
+                first * tile.stride;
   for (int64_t lane = 0; lane < kKeyBlock; lane += W) {
     Vec<T> acc[N][K];
 #pragma GCC unroll 4
@@ -153,38 +188,57 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
 #pragma GCC unroll 2
       for (int j = 0; j < K; ++j) acc[i][j] = Vec<T>{};
     }
-    if constexpr (form == Form::merged) {
-      const Vec<T> bound = broadcast(Additive::kBoundOfFour<T>);
-      for (int64_t a = 0; a < rows; a += Additive::kMerged) {
-        const T* group = args.v_groups + 2 * a;
-        const Vec<T> v[4] = {broadcast(group[0]), broadcast(group[1]), broadcast(group[2]), broadcast(group[3])};
-        const Vec<T> half = broadcast(group[4]);
-#pragma GCC unroll 2
-        for (int j = 0; j < K; ++j) {
-          const T* keys = block + j * size + a * kKeyBlock + lane;
-          if constexpr (N == 1) prefetch_ahead<T, 4>(keys);
-          const Vec<T> ek[4] = {load(keys), load(keys + kKeyBlock), load(keys + 2 * kKeyBlock),
-                                load(keys + 3 * kKeyBlock)};
+    // Sums of kSum columns are added up: fewer roundings meet a large partial sum.
+    for (int64_t a0 = 0; a0 < rows; a0 += kSum) {
+      const int64_t a1 = a0 + kSum < rows ? a0 + kSum : rows;
+      Vec<T> part[N][K];
 #pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) {
-            const T* q = q0 + i * tile.stride + a;
-            const Vec<T> eq[4] = {broadcast(q[0]), broadcast(q[1]), broadcast(q[2]), broadcast(q[3])};
-            acc[i][j] += Additive::forward_merged<M>(eq, ek, v, half, bound);
+      for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < K; ++j) part[i][j] = Vec<T>{};
+      }
+      if constexpr (form == Form::merged || form == Form::small) {
+        const Vec<T> bound = broadcast(Additive::kBound<T>);
+        for (int64_t a = a0; a < a1; a += Additive::kMerged) {
+          const T* group = form == Form::small ? args.v + a : args.v_groups + 2 * a;
+          const Vec<T> v[4] = {broadcast(group[0]), broadcast(group[1]), broadcast(group[2]), broadcast(group[3])};
+          const Vec<T> half = form == Form::small ? Vec<T>{} : broadcast(group[4]);
+#pragma GCC unroll 2
+          for (int j = 0; j < K; ++j) {
+            const T* keys = block + j * size + a * kKeyBlock + lane;
+            if constexpr (N == 1) prefetch_ahead<T, 4>(keys);
+            const Vec<T> k[4] = {load(keys), load(keys + kKeyBlock), load(keys + 2 * kKeyBlock),
+                                 load(keys + 3 * kKeyBlock)};
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) {
+              const T* at = q0 + i * tile.stride + a;
+              const Vec<T> q[4] = {broadcast(at[0]), broadcast(at[1]), broadcast(at[2]), broadcast(at[3])};
+              if constexpr (form == Form::small) {
+                part[i][j] += Additive::forward_small_merged(q, k, v);
+              } else {
+                part[i][j] += Additive::forward_merged<M>(q, k, v, half, bound);
+              }
+            }
+          }
+        }
+      } else {
+        for (int64_t a = a0; a < (a1 < args.A ? a1 : args.A); ++a) {
+#pragma GCC unroll 2
+          for (int j = 0; j < K; ++j) {
+            const Vec<T> k = load(block + j * size + a * kKeyBlock + lane);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) {
+              const Vec<T> q = broadcast(q0[i * tile.stride + a]);
+              const Vec<T> term = form == Form::single ? Additive::forward_exp(q, k) : Additive::forward<M>(q, k);
+              part[i][j] = part[i][j] + args.v[a] * term;
+            }
           }
         }
       }
-    } else {
-      for (int64_t a = 0; a < args.A; ++a) {
-#pragma GCC unroll 2
-        for (int j = 0; j < K; ++j) {
-          const Vec<T> k = load(block + j * size + a * kKeyBlock + lane);
 #pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) {
-            const Vec<T> q = broadcast(q0[i * tile.stride + a]);
-            const Vec<T> term = form == Form::single ? Additive::forward_exp(q, k) : Additive::forward<M>(q, k);
-            acc[i][j] = acc[i][j] + args.v[a] * term;
-          }
-        }
+      for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < K; ++j) acc[i][j] += part[i][j];
       }
     }
 #pragma GCC unroll 4
@@ -225,9 +279,7 @@ template <class T>
 void score_blocks(const AttentionArgs<T>& args, const TileQueries<T>& tile, int64_t b, int64_t rows, int64_t j0,
                   int64_t j1, T* out, int64_t ld, T* block_scratch) {
   const int64_t size = packed_block(args.A);
-  const auto exponential = [&](const T* block) {
-    return block[size - kKeyBlock] <= Additive::kLargestKey<T>;
-  };
+  const auto form = [&](const T* block) { return form_of(block[size - kKeyBlock]); };
   for (int64_t j = j0; j < j1;) {
     const T* block = args.packed ? args.packed + (b * args.blocks() + j) * size : block_scratch;
     const int64_t s = j * kKeyBlock;
@@ -235,13 +287,22 @@ void score_blocks(const AttentionArgs<T>& args, const TileQueries<T>& tile, int6
       const int64_t count = args.S - s < kKeyBlock ? args.S - s : kKeyBlock;
       pack_block(args.keys + (b * args.S + s) * args.A, count, args.A, block_scratch);
     }
-    // As many blocks as share a form.
-    const bool same = exponential(block);
+    const Keys keys = form(block);
     int64_t n = 1;
-    while (args.packed && j + n < j1 && exponential(block + n * size) == same) ++n;
+    if (keys == Keys::small && !tile.small) {
+      for (int64_t i = 0; i < size - kKeyBlock; i += kLanes<T>) {
+        store(block_scratch + i, Additive::exp_of_small(load(block + i)));
+      }
+      block = block_scratch;
+    } else {
+      // As many blocks as share a form.
+      while (args.packed && j + n < j1 && form(block + n * size) == keys) ++n;
+    }
     j += n;
-    if (!same) {
+    if (keys == Keys::plain) {
       score_tile<T, Form::plain>(args, tile, rows, block, n, out + s, ld);
+    } else if (keys == Keys::small && tile.small) {
+      score_tile<T, Form::small>(args, tile, rows, block, n, out + s, ld);
     } else if (args.v_finite) {
       score_tile<T, Form::merged>(args, tile, rows, block, n, out + s, ld);
     } else {
@@ -418,7 +479,7 @@ struct ForwardScratch {
     block = scratch;
     rows = block + packed_block(args.A);
     queries = rows + kTileRows * round_up(args.S, kKeyBlock);
-    list = reinterpret_cast<int32_t*>(queries + 2 * kTileRows * packed_rows(args.A));
+    list = reinterpret_cast<int32_t*>(queries + 3 * kTileRows * packed_rows(args.A));
   }
 };
 
@@ -535,45 +596,39 @@ SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     q[i] = load(c.q + (t0 + i) * W);
-    dq[i] = load(c.dq + (t0 + i) * W);
+    dq[i] = Vec<T>{};
   }
-  const Vec<T> bound = broadcast(Additive::kBoundOfTwo<T>);
-  Vec<T> dv = c.dv;
+  Vec<T> dv{};
   ds += t0 * S;
   for (int64_t s = s0; s < s1; ++s) {
     const Vec<T> k = load(c.k + s * W);
-    Vec<T> dk = load(c.dk + s * W), term[N];
-    if constexpr (slope == Slope::exponential) {
-#pragma GCC unroll 8
-      for (int i = 0; i + 1 < N; i += 2) {
-        Additive::reciprocals<M>(q[i], q[i + 1], k, bound, &term[i], &term[i + 1]);
-      }
-      if constexpr (N % 2) term[N - 1] = 1 / (1 + q[N - 1] * k);
-    } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        term[i] = slope == Slope::small ? Additive::forward_small(q[i], k) : Additive::forward<M>(q[i], k);
-      }
-    }
+    Vec<T> dk{}, dv_key{};
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
+      const Vec<T> term = slope == Slope::exponential ? Additive::reciprocal(q[i], k)
+                          : slope == Slope::small     ? Additive::forward_small(q[i], k)
+                                                      : Additive::forward<M>(q[i], k);
       const Vec<T> g = broadcast(ds[i * S + s]);
-      const Vec<T> u = g * term[i];
-      const Vec<T> w = (slope == Slope::exponential ? u : g) - u * term[i];
-      dv += u;
+      const Vec<T> u = g * term;
+      const Vec<T> w = (slope == Slope::exponential ? u : g) - u * term;
+      dv_key += u;
       dq[i] += w;
       dk += w;
     }
-    store(c.dk + s * W, dk);
+    dv += dv_key;
+    store(c.dk + s * W, load(c.dk + s * W) + dk);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) store(c.dq + (t0 + i) * W, dq[i]);
-  c.dv = dv;
+  for (int i = 0; i < N; ++i) {
+    T* sum = c.dq + (t0 + i) * W;
+    store(sum, load(sum) + dq[i]);
+  }
+  c.dv += dv;
 }
 
 template <class T, Slope slope>
 void all_slopes(const T* ds, int64_t T_, int64_t S, int64_t length, Columns<T>& c) {
-  constexpr int64_t kChunk = 128;  // keys and their sums stay in the first-level cache
+  constexpr int64_t kChunk = 64;  // keys and their sums stay in the first-level cache, partial sums small
   constexpr int kRows = slope == Slope::plain || kRegisters < 32 ? 2 : 6;
   for (int64_t s0 = 0; s0 < length; s0 += kChunk) {
     const int64_t s1 = s0 + kChunk < length ? s0 + kChunk : length;
@@ -581,13 +636,6 @@ void all_slopes(const T* ds, int64_t T_, int64_t S, int64_t length, Columns<T>& 
     for (; t + kRows <= T_; t += kRows) slopes<T, slope, kRows>(ds, S, t, s0, s1, c);
     for (; t < T_; ++t) slopes<T, slope, 1>(ds, S, t, s0, s1, c);
   }
-}
-
-// max(most, |x|), NaN from the first NaN on: merged divisions would carry a NaN from one query to the next.
-template <class T>
-SEQATTN_INLINE Vec<T> larger(Vec<T> most, Vec<T> x) {
-  const Vec<T> size = abs<T>(x);
-  return (most > size) | (most != most) ? most : size;
 }
 
 template <class T>
@@ -612,11 +660,9 @@ void backward(const AttentionArgs<T>& args, int64_t begin, int64_t end, T* scrat
       store(q + t * W, x);
       store(dq + t * W, Vec<T>{});
     }
-    bool small = true, moderate = true;
-    for (int i = 0; i < W; ++i) {
-      small &= qmax[i] <= T(Additive::kSmall) && kmax[i] <= T(Additive::kSmall);
-      moderate &= kmax[i] <= Additive::kLargestKey<T> && qmax[i] == qmax[i];
-    }
+    const T bound = T(Additive::kSmall);
+    const bool small = all_at_most<T>(qmax, bound) && all_at_most<T>(kmax, bound);
+    const bool moderate = all_at_most<T>(kmax, Additive::kLargestKey<T>);
     const T* ds = args.d_scores + b * args.T_ * S;
     const Vec<T> v = load_partial(args.v + a, left);
     Vec<T> factor = v, dv;

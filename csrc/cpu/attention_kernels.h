@@ -18,8 +18,8 @@ SEQATTN_HERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 
 SEQATTN_HERE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Packed keys are [B, ceil(S / 16), P + 1, 16] with P = A rounded up to 4: blocks of 16 keys, transposed. Rows [0, P)
-// hold e^2k, or k itself where some |k| of the block is past Additive::kLargestKey; all lanes of row P hold the largest
-// |k| of the block, NaNs aside.
+// hold tanh k, e^2k or k, as the largest |k| of the block is at most Additive::kSmall, at most Additive::kLargestKey, or
+// past it; all lanes of row P hold that largest |k|, NaNs aside.
 SEQATTN_HERE int64_t packed_rows(int64_t A) { return round_up(A, 4) + 1; }
 SEQATTN_HERE int64_t packed_block(int64_t A) { return packed_rows(A) * kKeyBlock; }
 
@@ -84,7 +84,7 @@ template <class T>
 inline int64_t forward_scratch(const AttentionArgs<T>& a) {
   const int64_t width = packed_rows(a.A);
   const int64_t list = ceil_div(a.S * int64_t(sizeof(int32_t)), int64_t(sizeof(T)));
-  return 2 * kTileRows * width + kTileRows * round_up(a.S, kKeyBlock) + packed_block(a.A) + list + 64;
+  return 3 * kTileRows * width + kTileRows * round_up(a.S, kKeyBlock) + packed_block(a.A) + list + 64;
 }
 template <class T>
 inline int64_t backward_scratch(const AttentionArgs<T>& a, int lanes) {

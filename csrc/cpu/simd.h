@@ -6,6 +6,7 @@
 // one), so the same source serves AVX-512, AVX2, SSE2 and NEON; intrinsics appear where one saves instructions.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -185,9 +186,9 @@ template <class T>
 SEQATTN_INLINE Vec<T> scale(Vec<T> v, Vec<T> n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_scalef_ps((__m512)v, (__m512)n);
+    return (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n);
   } else {
-    return (Vec<T>)_mm512_scalef_pd((__m512d)v, (__m512d)n);
+    return (Vec<T>)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)n);
   }
 #else
   // Two factors, so that overflow and denormal results come out right.

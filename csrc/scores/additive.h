@@ -12,21 +12,20 @@ namespace seqattn {
 //     changes tanh by less than 1e-9);
 //   - a merged term is v0/x0 + .. + v3/x3 - (v0 + .. + v3)/2, that is, -1/2 of the sum of v * tanh: without the
 //     constant, partial sums are as small as those of tanh itself, and so are their rounding errors.
+// Where q and k are small, tanh(q + k) = (tq + tk) / (1 + tq * tk) from their tangents keeps digits that 1 - 2 / x loses.
 // eq may overflow or vanish: tanh is then +-1 to the last bit, provided that |k| <= kLargestKey. Past it the sum q + k
 // is needed (q = 60, k = -60), and keys are kept as they are.
 struct Additive {
   static constexpr const char* kName = "additive";
   static constexpr int kMerged = 4;  // elements a merged division serves
 
-  // Bounds by the element type: the largest |k| for the exponential form, the largest |q|, |k| for the sum form, and
-  // the bound of x in the merged forms of forward (four factors) and backward (two factors).
+  // Bounds: the largest |k| for the exponential form and of x in its merged form, by the element type, and the largest
+  // |q|, |k| for the form of small arguments.
   template <class T>
   static constexpr T kLargestKey = sizeof(T) == 4 ? T(30) : T(300);
+  template <class T>
+  static constexpr T kBound = sizeof(T) == 4 ? T(2147483648.0) : T(0x1p250);
   static constexpr double kSmall = 1;
-  template <class T>
-  static constexpr T kBoundOfFour = sizeof(T) == 4 ? T(2147483648.0) : T(0x1p250);
-  template <class T>
-  static constexpr T kBoundOfTwo = sizeof(T) == 4 ? T(0x1p60) : T(0x1p500);
 
   template <class M, class V = typename M::Value>
   static SEQATTN_SCORE V forward(V q, V k) {
@@ -60,13 +59,26 @@ struct Additive {
     return (half * d + n) / d;
   }
 
-  // r = 1 / x of two elements with one division. tanh = 1 - 2 r, its derivative 4 (r - r^2).
-  template <class M, class V = typename M::Value>
-  static SEQATTN_SCORE void reciprocals(V eq0, V eq1, V ek, V bound, V* r0, V* r1) {
-    const V x0 = M::at_most(1 + eq0 * ek, bound), x1 = M::at_most(1 + eq1 * ek, bound);
-    const V r = 1 / (x0 * x1);
-    *r0 = r * x1;
-    *r1 = r * x0;
+  // sum_i v[i] * tanh(q[i] + k[i]) over four elements from tq, tk; |q|, |k| <= kSmall.
+  template <class V>
+  static SEQATTN_SCORE V forward_small_merged(const V* tq, const V* tk, const V* v) {
+    const V x0 = 1 + tq[0] * tk[0], x1 = 1 + tq[1] * tk[1], x2 = 1 + tq[2] * tk[2], x3 = 1 + tq[3] * tk[3];
+    const V y0 = v[0] * (tq[0] + tk[0]), y1 = v[1] * (tq[1] + tk[1]);
+    const V y2 = v[2] * (tq[2] + tk[2]), y3 = v[3] * (tq[3] + tk[3]);
+    const V p = x0 * x1, s = x2 * x3;
+    return ((y0 * x1 + y1 * x0) * s + (y2 * x3 + y3 * x2) * p) / (p * s);
+  }
+
+  // e^2k from tanh(k).
+  template <class V>
+  static SEQATTN_SCORE V exp_of_small(V tk) {
+    return (1 + tk) / (1 - tk);
+  }
+
+  // r = 1 / x: tanh = 1 - 2 r, its derivative 4 (r - r^2).
+  template <class V>
+  static SEQATTN_SCORE V reciprocal(V eq, V ek) {
+    return 1 / (1 + eq * ek);
   }
 };
 

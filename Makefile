@@ -1,0 +1,67 @@
+# The verbs of the project. Each sets up what it needs in $(VENV): torch if it isn't there, the package, the extension.
+#   make demo | test | lint | format | bench | doctor | clean
+# Before the first: a C++ compiler, make, and Python 3.10 or later with its headers and venv module
+#   (Debian, Ubuntu: apt install g++ make python3-dev python3-venv).
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs where there is no torch. It is looked for at TORCH_INDEX too, whose CPU builds pip prefers;
+# packages of CUDA come only with ALLOW_CUDA=1.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Arguments for the command: make test ARGS="-k gru", make demo ARGS=--full, make bench ARGS=recurrent.
+ARGS ?=
+
+# Without it both OpenMP threads were seen on one core.
+export OMP_PROC_BIND ?= true
+
+BIN := $(VENV)/bin
+FIND_CXX := find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
+
+.PHONY: demo test bench lint format doctor build clean
+
+demo: $(VENV)/.demo build
+	$(BIN)/seqattn demo $(ARGS)
+
+test: $(VENV)/.dev build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench build
+	$(BIN)/python -m benchmarks.run $(or $(ARGS),recurrent)
+
+doctor: $(VENV)/.package build
+	$(BIN)/seqattn doctor
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(FIND_CXX) | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(FIND_CXX) | xargs $(BIN)/clang-format -i
+
+# ninja compiles what changed; SEQATTN_BUILD=auto|cpu|none says what to build.
+build: $(VENV)/.package
+	$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q 'pip>=23.2' 'setuptools>=77' wheel ninja 'pybind11>=2.13' numpy
+	ALLOW_CUDA=$(ALLOW_CUDA) $(BIN)/python .ci/install_torch.py '$(TORCH)' '$(TORCH_INDEX)'
+	touch $@
+
+# The package is installed in place and without the extension, which `build` adds: a rebuild is then incremental.
+$(VENV)/.package: pyproject.toml setup.py | $(VENV)/.torch
+	SEQATTN_BUILD=none $(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.package
+	SEQATTN_BUILD=none $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache
+	rm -f seqattn_kernels/*.so

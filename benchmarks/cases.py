@@ -1,0 +1,205 @@
+"""Every case that is measured: operator, shape, mode, contestants, and the bars it is held to.
+
+Adding a case is adding a line here; the runner, `pytest benchmarks` and the report take it from the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+
+class Mode(str, Enum):
+    """What one timed call does."""
+
+    FORWARD = "forward"  # without gradients
+    TRAINING = "forward+backward"  # gradients of input and parameters
+    STEPS = "steps"  # cells: LOOP_STEPS calls in a Python loop, without gradients
+    STEPS_TRAINING = "steps+backward"  # the same loop, then one backward through it
+
+    @property
+    def has_gradients(self) -> bool:
+        return self in (Mode.TRAINING, Mode.STEPS_TRAINING)
+
+
+LOOP_STEPS = 20
+STOCK = "torch_eager"
+STOCK_AGAIN = "torch_eager again"  # the other half of the A/A pair
+FMA_LIMIT = "fma limit"  # what a bar on the share of the machine's limit is against
+
+GATES: Mapping[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+# S1 to S6
+SHAPES: tuple[dict[str, int], ...] = (
+    {"B": 1, "T": 100, "I": 128, "H": 128},
+    {"B": 1, "T": 100, "I": 512, "H": 512},
+    {"B": 8, "T": 100, "I": 256, "H": 256},
+    {"B": 16, "T": 100, "I": 256, "H": 256},
+    {"B": 32, "T": 100, "I": 512, "H": 512},
+    {"B": 64, "T": 50, "I": 1024, "H": 1024},
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``contestant`` takes at most 1/``at_least`` of the time of ``against``, or reaches that share of FMA_LIMIT."""
+
+    contestant: str
+    at_least: float
+    against: str = STOCK
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. ``shape`` names its sizes; ``contestants`` are run beside stock torch, which always is."""
+
+    suite: str
+    operator: str
+    shape: Mapping[str, int] = field(hash=False)
+    mode: Mode
+    contestants: tuple[str, ...]
+    bars: tuple[Bar, ...] = ()
+    dtype: torch.dtype = torch.float32
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        sizes = ",".join(f"{key}{size}" for key, size in self.shape.items())
+        return f"{self.suite}/{self.operator}/{self.mode.value}/{sizes}"
+
+    @property
+    def kind(self) -> str:
+        """The cell of a recurrent operator, the score of an attention."""
+        return self.operator.removesuffix("_cell").removesuffix("_attention")
+
+    @property
+    def active_steps(self) -> int:
+        """Rows times steps of a recurrent case that carry data."""
+        if self.suite == "lengths":
+            return sum(ragged_lengths(self.shape["B"], self.shape["T"]))
+        return self.shape["B"] * self.shape.get("T", LOOP_STEPS)
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of the matrix products of one call; None where they don't bound it (attention)."""
+        gates = GATES.get(self.kind)
+        if gates is None:
+            return None
+        forward = 2.0 * self.active_steps * gates * self.shape["H"] * (self.shape["I"] + self.shape["H"])
+        return 3 * forward if self.mode.has_gradients else forward
+
+
+def ragged_lengths(batch: int, longest: int) -> list[int]:
+    """Lengths spread evenly from 1 to ``longest``, unsorted: their mean is half of it."""
+    spread = [1 + round(row * (longest - 1) / max(1, batch - 1)) for row in range(batch)]
+    spread[-1] = longest
+    generator = torch.Generator().manual_seed(0)
+    return [spread[i] for i in torch.randperm(batch, generator=generator).tolist()]
+
+
+def _bars(contestant: str, figures: tuple[float, ...] | None, index: int) -> tuple[Bar, ...]:
+    return (Bar(contestant, figures[index]),) if figures else ()
+
+
+_FORWARD_FROZEN = {
+    "gru": (9, 3.5, 2.8, 2.2, 1.55, 1.5),
+    "lstm": (2, 1.45, 1.2, 1.15, 1.05, 1),
+    "rnn_tanh": (3, 3, 2, 2, 1.4, 1.4),
+}
+_FORWARD = {"gru": (7, 3, 2.3, 2, 1.5, 1.45)}
+_TRAINING = {"gru": (18, 3.5, 3, 2.1, 1.45, 1.35), "lstm": (2, 1.4, 1.1, 1, 1, 1)}
+_BF16 = {"gru": 3.0, "lstm": 1.85}
+
+
+def _recurrent() -> Iterator[Case]:
+    nowhere_slower = (1.0,) * len(SHAPES)
+    for kind in ("gru", "lstm", "rnn_tanh"):
+        for index, shape in enumerate(SHAPES):
+            forward = _bars("ours_frozen", _FORWARD_FROZEN[kind], index)
+            forward += _bars("ours", _FORWARD.get(kind, nowhere_slower), index)
+            if index >= 2:
+                forward += (Bar("ours_frozen", 0.9, against=FMA_LIMIT),)
+            label = f"S{index + 1}"
+            yield Case("recurrent", kind, shape, Mode.FORWARD, ("ours_frozen", "ours"), forward, label=label)
+            training = _bars("ours", _TRAINING.get(kind, nowhere_slower), index)
+            yield Case("recurrent", kind, shape, Mode.TRAINING, ("ours",), training, label=label)
+    for mode in (Mode.FORWARD, Mode.TRAINING):
+        yield Case("recurrent", "rnn_relu", SHAPES[3], mode, ("ours",), (Bar("ours", 1.0),), label="S4")
+
+
+def _lengths() -> Iterator[Case]:
+    for kind in ("gru", "lstm", "rnn_tanh"):
+        for hidden in (256, 512):
+            shape = {"B": 32, "T": 100, "I": hidden, "H": hidden}
+            names = ("ours_frozen", "ours_lengths", "ours")
+            at_least = 1.0 if kind == "rnn_tanh" else 1.8
+            bars = (Bar("ours_frozen", at_least), Bar("ours_lengths", at_least), Bar("ours", 1.0))
+            yield Case("lengths", kind, shape, Mode.FORWARD, names, bars)
+            yield Case("lengths", kind, shape, Mode.TRAINING, ("ours",), (Bar("ours", 1.0),))
+
+
+def _cells() -> Iterator[Case]:
+    # shape, frozen, not frozen, training
+    table = (
+        ({"B": 1, "I": 128, "H": 128}, 2.5, 2.5, 2.5),
+        ({"B": 16, "I": 256, "H": 256}, 2.2, 1.7, 1.0),
+        ({"B": 64, "I": 512, "H": 512}, 1.35, 1.0, 1.0),
+    )
+    for kind in ("gru", "lstm", "rnn_tanh"):
+        for shape, frozen, plain, training in table:
+            bars = (Bar("ours_frozen", frozen), Bar("ours", plain))
+            yield Case("cells", f"{kind}_cell", shape, Mode.STEPS, ("ours_frozen", "ours"), bars)
+            yield Case("cells", f"{kind}_cell", shape, Mode.STEPS_TRAINING, ("ours",), (Bar("ours", training),))
+
+
+def _bf16() -> Iterator[Case]:
+    for kind, at_least in _BF16.items():
+        for index, shape in enumerate(SHAPES):
+            bars = (Bar("ours_bf16", at_least),)
+            yield Case("bf16", kind, shape, Mode.FORWARD, ("ours_bf16",), bars, label=f"S{index + 1}")
+
+
+def _attention() -> Iterator[Case]:
+    # B, T, S, A (values are as wide), forward, forward+backward; the first is one decoder step on prepared keys
+    table = (
+        ((32, 1, 100, 256), 35.0, 1.0),
+        ((16, 50, 50, 256), 60.0, 35.0),
+        ((8, 128, 512, 256), 60.0, 35.0),
+        ((4, 512, 512, 512), 60.0, 35.0),
+    )
+    for sizes, forward, training in table:
+        shape = dict(zip("BTSA", sizes, strict=True))
+        peers = ("ours", "torch_compile")
+        yield Case("attention", "additive_attention", shape, Mode.FORWARD, peers, (Bar("ours", forward),))
+        yield Case("attention", "additive_attention", shape, Mode.TRAINING, peers, (Bar("ours", training),))
+    shape = dict(zip("BTSA", (16, 50, 50, 256), strict=True))
+    for operator in ("dot_attention", "general_attention", "concat_attention", "feature_attention"):
+        for mode in (Mode.FORWARD, Mode.TRAINING):
+            yield Case("attention", operator, shape, mode, ("ours",), ())
+
+
+def _peers() -> Iterator[Case]:
+    engines = ("onnxruntime", "openvino")
+    bars = tuple(Bar("ours_frozen", 1.0, against=engine) for engine in engines)
+    for kind in ("rnn_tanh", "gru", "lstm"):
+        for index in (0, 1, 3, 4, 5):
+            names = ("ours_frozen", *engines, "torch_compile")
+            yield Case("peers", kind, SHAPES[index], Mode.FORWARD, names, bars, label=f"S{index + 1}")
+
+
+SUITES: Mapping[str, tuple[Case, ...]] = {
+    "recurrent": tuple(_recurrent()),
+    "lengths": tuple(_lengths()),
+    "cells": tuple(_cells()),
+    "bf16": tuple(_bf16()),
+    "attention": tuple(_attention()),
+    "peers": tuple(_peers()),
+}
+
+
+def find(pattern: str = "") -> list[Case]:
+    """Every case whose name contains ``pattern``."""
+    return [case for cases in SUITES.values() for case in cases if pattern in case.name]

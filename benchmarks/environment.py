@@ -1,0 +1,227 @@
+"""Where a measurement ran: threads pinned to cores, versions, commit, and what the machine can do at most.
+
+torch is imported inside functions only: the OpenMP runtime it loads reads its variables once, at that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "numpy", "onnxruntime", "openvino", "onnx")
+
+
+def pin_threads() -> None:
+    """Restart this process with OMP_PROC_BIND=true unless the variable is set.
+
+    Without it both OpenMP threads can land on one core, and each parallel region then waits for the scheduler's tick.
+    """
+    if "OMP_PROC_BIND" in os.environ:
+        return
+    if "torch" in sys.modules:
+        raise RuntimeError("OMP_PROC_BIND: expected to be set before torch is imported, got a process that has torch")
+    os.environ["OMP_PROC_BIND"] = "true"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def in_pinned_process(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` with OMP_PROC_BIND=true, for callers that have torch already; its exit code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "OMP_PROC_BIND": "true", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=variables, check=False).returncode
+
+
+def bound_cores() -> set[int]:
+    """The cores this thread may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(cores()))
+
+
+def bind(allowed: set[int]) -> None:
+    """Let this thread run on the ``allowed`` cores, where the system has a say in that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
+def binding_kept() -> Iterator[None]:
+    """Put this thread back on its cores afterwards: some engines move the thread that calls them."""
+    before = bound_cores()
+    try:
+        yield
+    finally:
+        bind(before)
+
+
+@contextlib.contextmanager
+def unpinned() -> Iterator[None]:
+    """Let the threads that another engine starts in here use every core.
+
+    The OpenMP runtime has bound this thread to the first core, and new threads inherit that.
+    """
+    with binding_kept():
+        bind(set(range(cores())))
+        yield
+
+
+@lru_cache
+def cpu_info() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cores() -> int:
+    return os.cpu_count() or 1
+
+
+def machine_name() -> str:
+    """A folder name for results: processor, family and number of cores."""
+    info = cpu_info()
+    model = info.get("model name") or platform.processor() or platform.machine()
+    family = f"-family{info['cpu family']}" if "cpu family" in info else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*|\bcpu\b|processor", "", model.lower())).strip("-")
+    return f"{slug}{family}-{cores()}cores"
+
+
+def commit() -> str | None:
+    """The commit measured, with "+" when the tree differs from it; None outside a checkout."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "csrc", "seqattn_kernels", "setup.py"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return sha.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("seqattn_kernels", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Everything a reader needs to know about the process and machine behind a result."""
+    import torch
+
+    info = cpu_info()
+    wide = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+    return {
+        "machine": machine_name(),
+        "cpu": info.get("model name", platform.machine()),
+        "cpu_family": info.get("cpu family"),
+        "cores": cores(),
+        "features": [flag for flag in wide if flag in (info.get("flags") or info.get("Features") or "").split()],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+_FMA_SOURCE = """
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define CHAINS 24
+#elif defined(__AVX__)
+#define WIDTH 8
+#define CHAINS 12
+#else
+#define WIDTH 4
+#define CHAINS 16
+#endif
+typedef float vector __attribute__((vector_size(WIDTH * 4)));
+/* Independent chains of multiply-adds; returns the floating-point operations done. */
+double fma_chains(long rounds, float scale, float* sink) {
+    vector sum[CHAINS], a, b;
+    for (int i = 0; i < WIDTH; ++i) { a[i] = scale; b[i] = 1.0f - scale; }
+    for (int c = 0; c < CHAINS; ++c) sum[c] = a * (float)(c + 1);
+    for (long r = 0; r < rounds; ++r)
+        _Pragma("GCC unroll 24") for (int c = 0; c < CHAINS; ++c) sum[c] = sum[c] * a + b;
+    for (int c = 0; c < CHAINS; ++c) for (int i = 0; i < WIDTH; ++i) sink[i] += sum[c][i];
+    return 2.0 * rounds * CHAINS * WIDTH;
+}
+"""
+
+
+@lru_cache
+def _fma_library() -> ctypes.CDLL:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("the FMA ceiling needs a C compiler (cc, gcc or clang), and none was found")
+    digest = hashlib.sha256((_FMA_SOURCE + compiler + machine_name()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"seqattn-ceilings-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"fma-{digest}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-xc", "-", "-o"]
+        subprocess.run([*command, str(partial)], input=_FMA_SOURCE, text=True, check=True)
+        partial.replace(library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.fma_chains.restype = ctypes.c_double
+    loaded.fma_chains.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
+    return loaded
+
+
+@lru_cache
+def fma_limit(threads: int, seconds: float = 0.3) -> float:
+    """Operations a second of ``threads`` cores that do nothing but float32 FMAs: the best of a few tries.
+
+    Raises RuntimeError where there is no C compiler.
+    """
+    import time
+
+    library = _fma_library()
+    rounds = 1_000_000
+    done = [0.0] * threads
+    spent = [0.0] * threads
+
+    def work(index: int) -> None:
+        sink = (ctypes.c_float * 16)()
+        bind({index % cores()})
+        start = time.perf_counter()
+        done[index] = library.fma_chains(rounds, 0.5, sink)
+        spent[index] = time.perf_counter() - start
+
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, sum(d / s for d, s in zip(done, spent, strict=True)))
+    return best

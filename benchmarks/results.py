@@ -1,0 +1,104 @@
+"""The record a run leaves: written as JSON under benchmarks/results/<machine>/, read by the report and the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, machine_name
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One contestant's figures in one case. Times are absent where it did not take part or failed its check."""
+
+    name: str
+    version: str | None = None
+    missing: str | None = None  # why it did not take part
+    failure: str | None = None  # what its results got wrong; such a contestant gets no time
+    milliseconds: float | None = None  # median
+    quantile_20: float | None = None
+    quantile_80: float | None = None
+    ratio: float | None = None  # times faster than stock
+    ratio_low: float | None = None  # the interval that holds it with 90 % confidence
+    ratio_high: float | None = None
+    fma_share: float | None = None  # of the machine's float32 FMA limit
+
+
+@dataclass(frozen=True)
+class BarResult:
+    contestant: str
+    against: str
+    at_least: float
+    reached: float | None
+    met: bool
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    name: str
+    suite: str
+    label: str
+    operator: str
+    mode: str
+    dtype: str
+    shape: dict[str, int]
+    threads: int
+    contestants: list[Contestant]
+    bars: list[BarResult]
+    noise: float | None = None  # how far two runs of the same contestant lay apart
+    rounds: int = 0
+    dropped: int = 0  # rounds disturbed by other processes
+    disturbed: bool = False  # too few rounds were quiet
+
+    def contestant(self, name: str) -> Contestant | None:
+        return next((found for found in self.contestants if found.name == name), None)
+
+
+@dataclass(frozen=True)
+class Document:
+    environment: dict[str, Any]
+    cases: list[CaseResult]
+    profile: str = "full"
+    fma_gflops: dict[str, float] = field(default_factory=dict)  # by number of threads
+    schema: int = SCHEMA
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Document:
+        """Raises ValueError naming the file and what is wrong with it."""
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: expected JSON, got {error}") from None
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+            raise ValueError(f"{path}: expected schema {SCHEMA}, got {found}")
+        try:
+            raw["cases"] = [
+                CaseResult(
+                    **{
+                        **case,
+                        "contestants": [Contestant(**entry) for entry in case["contestants"]],
+                        "bars": [BarResult(**bar) for bar in case["bars"]],
+                    }
+                )
+                for case in raw["cases"]
+            ]
+            return cls(**raw)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected the fields of schema {SCHEMA}, got {error}") from None
+
+
+def path_of(suite: str, machine: str | None = None) -> Path:
+    return RESULTS / (machine or machine_name()) / f"{suite}.json"

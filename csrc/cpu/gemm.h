@@ -1,0 +1,191 @@
+// Small dense products out of registers: C[m][n] (+)= A[m][k] B[k][n], where B is packed in panels of a few vectors.
+//
+// A panel of n vectors over K rows is [K][n][lanes]: the inner loop loads one row of it, broadcasts one value of each
+// row of A and multiplies. Sums over k run in the same order whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "simd.h"
+
+namespace seqattn::SEQATTN_ISA {
+
+// Vectors of a panel at most, and rows of A for a panel of n vectors: accumulators, a row of B and a broadcast value
+// fit the registers.
+inline constexpr int kMaxPanel = kRegisters == 32 ? 4 : 3;
+constexpr int max_rows(int n) {
+  constexpr int wide[] = {0, 12, 12, 8, 6}, narrow[] = {0, 8, 6, 4, 2};
+  return kRegisters == 32 ? wide[n] : narrow[n];
+}
+
+namespace detail {
+
+template <class T, int M, int N, int U>
+SEQATTN_INLINE void accumulate(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end) {
+  constexpr int W = kLanes<T>;
+  for (int64_t k = k_begin; k < k_end; k += U) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      Vec<T> row[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * (N * W) + n * W);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> value = broadcast(a[m * lda + k + u]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[m][n] += value * row[n];
+      }
+    }
+  }
+}
+
+// Few accumulators leave the multipliers waiting for each other: U sets of them, summed at the end.
+template <class T, int M, int N, int U>
+SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t K) {
+  constexpr int W = kLanes<T>;
+  Vec<T> part[U][M][N] = {};
+  int64_t k = 0;
+  for (; k + U <= K; k += U) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      Vec<T> row[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * (N * W) + n * W);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> value = broadcast(a[m * lda + k + u]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) part[u][m][n] += value * row[n];
+      }
+    }
+  }
+  accumulate<T, M, N, 1>(acc, a, lda, b, k, K);
+#pragma GCC unroll 8
+  for (int step = 1; step < U; step *= 2) {
+#pragma GCC unroll 8
+    for (int u = 0; u + step < U; u += 2 * step) {
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) part[u][m][n] += part[u + step][m][n];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[m][n] += part[0][m][n];
+  }
+}
+
+template <class T, int M, int N>
+void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, bool add) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[M][N];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[m][n] = add ? load(c + m * ldc + n * W) : Vec<T>{};
+  }
+  constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
+  if constexpr (U == 1) {
+    accumulate<T, M, N, 1>(acc, a, lda, b, 0, K);
+  } else {
+    accumulate_split<T, M, N, U>(acc, a, lda, b, K);
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(c + m * ldc + n * W, acc[m][n]);
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(T*, int64_t, const T*, int64_t, const T*, int64_t, bool);
+
+template <class T, int N, int... M>
+constexpr TileFunction<T> tile_of(int m, std::integer_sequence<int, M...>) {
+  constexpr TileFunction<T> table[] = {tile<T, M + 1, N>...};
+  return table[m - 1];
+}
+
+}  // namespace detail
+
+// The product of `rows` rows of A (1 to max_rows(panel)) and a panel of `panel` vectors, added to C or written to it.
+template <class T>
+inline detail::TileFunction<T> tile_function(int rows, int panel) {
+  switch (panel) {
+    case 1:
+      return detail::tile_of<T, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
+    case 2:
+      return detail::tile_of<T, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
+    case 3:
+      return detail::tile_of<T, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
+    default:
+      return detail::tile_of<T, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
+  }
+}
+
+// C (+)= A B for any number of rows, cut into tiles of nearly equal height.
+template <class T>
+inline void multiply_panel(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, int64_t rows, int panel,
+                           bool add) {
+  const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+    tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda, lda, b, K, add);
+  }
+}
+
+namespace detail {
+template <class T, int... I>
+SEQATTN_INLINE Vec<T> interleave_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2 ? kLanes<T> : 0))...);
+}
+template <class T, int... I>
+SEQATTN_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kLanes<T> / 2 + I / 2 + (I % 2 ? kLanes<T> : 0))...);
+}
+
+// r[i][j] -> r[j][i] : log2(lanes) rounds of interleaving the upper half of the rows with the lower.
+template <class T>
+SEQATTN_INLINE void transpose_registers(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  constexpr auto lanes = std::make_integer_sequence<int, W>();
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Vec<T> next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave_low<T>(r[i], r[i + W / 2], lanes);
+      next[2 * i + 1] = interleave_high<T>(r[i], r[i + W / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = next[i];
+  }
+}
+}  // namespace detail
+
+// out[j * ldout + i] = in[i * ldin + j] for i < rows <= lanes, j < columns; out rows get zeros for i in [rows, lanes).
+template <class T>
+inline void transpose_strip(T* out, int64_t ldout, const T* in, int64_t ldin, int64_t rows, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < columns; j += W) {
+    const int64_t width = columns - j < W ? columns - j : W;
+    Vec<T> r[W];
+    if (rows == W && width == W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = load(in + i * ldin + j);
+      detail::transpose_registers<T>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(out + (j + i) * ldout, r[i]);
+    } else {
+      for (int i = 0; i < W; ++i) r[i] = i < rows ? load_partial(in + i * ldin + j, width) : Vec<T>{};
+      detail::transpose_registers<T>(r);
+      for (int i = 0; i < width; ++i) store(out + (j + i) * ldout, r[i]);
+    }
+  }
+}
+
+}  // namespace seqattn::SEQATTN_ISA

@@ -1,0 +1,366 @@
+// Forward pass of one recurrent layer. Included by recurrence_kernels.cpp, once per instruction set.
+//
+// A panel is the gates of one to a few vectors of hidden units. Input projections are made for some steps at a time,
+// panel by panel, into rows of pre-activations [slot][units]; each step then adds W_hh h to its rows, applies the cell
+// and writes h for the next step. Threads share the panels and meet once a step.
+#pragma once
+
+#include "gemm.h"
+#include "recurrence.h"
+
+namespace seqattn::SEQATTN_ISA {
+
+// n vectors cut into groups of nearly equal size, none above kMaxPanel, and at least two so that two threads have work.
+struct Groups {
+  int64_t vectors, groups;
+  explicit Groups(int64_t vectors_, int64_t most = kMaxPanel) : vectors(vectors_) {
+    groups = (vectors + most - 1) / most;
+    if (groups < 2 && vectors > 1) groups = 2;
+  }
+  int64_t begin(int64_t g) const { return vectors * g / groups; }
+};
+
+template <class T>
+constexpr int64_t vectors_of(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T>;
+}
+
+template <class Cell, class T>
+struct PackedWeights {
+  static constexpr int W = kLanes<T>;
+  static constexpr int kUnits = Cell::kGates == 1 ? kMaxPanel : 1;  // vectors of units in a panel
+  // Gates multiplied at a time: four would leave room for few rows, and weights would be read more often.
+  static constexpr int kPart = Cell::kGates == 4 ? 2 : Cell::kGates;
+
+  Sizes sizes;
+  Groups panels, projections;
+  T *ih, *hh, *bias, *hr;
+
+  // Layout: W_ih [panel][part][I][gate][units], W_hh [panel][part][output][gate][units], bias [panel][slot][units],
+  // W_hr [group][H][outputs].
+  PackedWeights(const Sizes& s, T* data)
+      : sizes(s), panels(vectors_of<T>(s.hidden), kUnits), projections(vectors_of<T>(s.output)) {
+    const int64_t width = vectors_of<T>(s.hidden) * W;
+    ih = data;
+    hh = ih + Cell::kGates * width * s.input;
+    bias = hh + Cell::kGates * width * s.output;
+    hr = bias + Cell::kSlots * width;
+  }
+
+  static int64_t size(const Sizes& s) {
+    const int64_t width = padded(s.hidden);
+    return Cell::kGates * width * (s.input + s.output) + Cell::kSlots * width +
+           (s.projected ? padded(s.output) * s.hidden : 0);
+  }
+
+  T* ih_panel(int64_t p) const { return ih + panels.begin(p) * W * Cell::kGates * sizes.input; }
+  T* hh_panel(int64_t p) const { return hh + panels.begin(p) * W * Cell::kGates * sizes.output; }
+  T* bias_panel(int64_t p) const { return bias + panels.begin(p) * W * Cell::kSlots; }
+  T* hr_group(int64_t g) const { return hr + projections.begin(g) * W * sizes.hidden; }
+
+  // pre[row][gate][units] += a[row][K] times a panel.
+  static void multiply(T* pre, int64_t ld, const T* a, int64_t lda, const T* panel, int64_t K, int64_t rows,
+                       int64_t units) {
+    for (int gate = 0; gate < Cell::kGates; gate += kPart) {
+      multiply_panel(pre + gate * units * W, ld, a, lda, panel + gate * units * W * K, K, rows, int(kPart * units), true);
+    }
+  }
+};
+
+// out[part][k][gate][unit] of one panel from torch's w[gate * H + unit][k].
+template <class Cell, class T>
+void pack_panel(T* out, const T* w, int64_t K, int64_t hidden, int64_t first_vector, int64_t units,
+                int (*gate_of)(int), int first_slot) {
+  constexpr int W = kLanes<T>, kPart = PackedWeights<Cell, T>::kPart;
+  const int64_t ld = kPart * units * W;
+  for (int slot = 0; slot < Cell::kGates; ++slot) {
+    T* part = out + slot / kPart * K * ld;
+    for (int64_t v = 0; v < units; ++v) {
+      const int64_t unit = (first_vector + v) * W;
+      const int64_t rows = hidden - unit < W ? hidden - unit : W;
+      transpose_strip(part + (slot % kPart * units + v) * W, ld, w + (gate_of(first_slot + slot) * hidden + unit) * K, K,
+                      rows, K);
+    }
+  }
+}
+
+template <class Cell, class T>
+void pack_weights(const Sizes& sizes, Direction<T>& d, Gang& gang) {
+  constexpr int W = kLanes<T>;
+  constexpr int kHSlot = Cell::kSlots - Cell::kGates;
+  const PackedWeights<Cell, T> packed(sizes, d.packed);
+  int64_t begin, end;
+  gang.share(packed.panels.groups, &begin, &end);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = packed.panels.begin(p), units = packed.panels.begin(p + 1) - first;
+    pack_panel<Cell>(packed.ih_panel(p), d.w_ih, sizes.input, sizes.hidden, first, units, &Cell::x_gate, 0);
+    pack_panel<Cell>(packed.hh_panel(p), d.w_hh, sizes.output, sizes.hidden, first, units, &Cell::h_gate, kHSlot);
+    for (int slot = 0; slot < Cell::kSlots; ++slot) {
+      for (int64_t v = 0; v < units; ++v) {
+        const int64_t unit = (first + v) * W, n = sizes.hidden - unit;
+        Vec<T> sum{};
+        if (d.b_ih && slot < Cell::kGates) sum += load_partial(d.b_ih + Cell::x_gate(slot) * sizes.hidden + unit, n);
+        if (d.b_hh && slot >= kHSlot) sum += load_partial(d.b_hh + Cell::h_gate(slot) * sizes.hidden + unit, n);
+        store(packed.bias_panel(p) + (slot * units + v) * W, sum);
+      }
+    }
+  }
+  if (!sizes.projected) return;
+  gang.share(packed.projections.groups, &begin, &end);
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t first = packed.projections.begin(g), n = packed.projections.begin(g + 1) - first;
+    for (int64_t v = 0; v < n; ++v) {
+      const int64_t column = (first + v) * W;
+      const int64_t rows = sizes.output - column < W ? sizes.output - column : W;
+      transpose_strip(packed.hr_group(g) + v * W, n * W, d.w_hr + column * sizes.hidden, sizes.hidden, rows,
+                      sizes.hidden);
+    }
+  }
+}
+
+// Rows of scratch are apart by a little more than a power of two, or they would fall into the same cache sets.
+inline int64_t row_stride(int64_t n) { return padded(n) + kUnitPad; }
+
+template <class Cell, class T>
+void forward_scratch(Problem<T>* p) {
+  const Sizes& s = p->sizes;
+  const int64_t batch = p->rows.batch;
+  // Two generations of h, c, and the h of the cell before it is projected.
+  p->shared_scratch = batch * (2 * row_stride(s.output) + (Cell::kHasCell ? 1 : 0) * padded(s.hidden) +
+                               (s.projected ? row_stride(s.hidden) : 0));
+  p->thread_scratch = p->chunk_rows * (Cell::kSlots * padded(s.hidden) + padded(s.input));
+}
+
+template <class Cell, class T>
+class ForwardDirection {
+ public:
+  ForwardDirection(const Problem<T>& problem, int index, T* shared, T* own, Gang& gang)
+      : p_(problem),
+        d_(problem.direction[index]),
+        rows_(problem.rows),
+        sizes_(problem.sizes),
+        packed_(problem.sizes, d_.packed),
+        gang_(gang),
+        ldh_(row_stride(sizes_.output)),
+        ldc_(padded(sizes_.hidden)),
+        ldf_(row_stride(sizes_.hidden)) {
+    h_[0] = shared;
+    h_[1] = h_[0] + rows_.batch * ldh_;
+    c_ = h_[1] + rows_.batch * ldh_;
+    full_ = c_ + (Cell::kHasCell ? rows_.batch * ldc_ : 0);
+    pre_ = own;
+    x_ = own + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden);
+    gang_.share(packed_.panels.groups, &panel_begin_, &panel_end_);
+  }
+
+  void run() {
+    begin_states();
+    gang_.barrier();
+    const int64_t steps = rows_.steps;
+    for (int64_t s = 0; s < steps;) {
+      // As many steps as fit a chunk, at least one.
+      int64_t t0, t1;
+      if (d_.reverse) {
+        t1 = steps - s;
+        for (t0 = t1 - 1; t0 > 0 && rows_.first[t1] - rows_.first[t0 - 1] <= p_.chunk_rows;) --t0;
+      } else {
+        t0 = s;
+        for (t1 = t0 + 1; t1 < steps && rows_.first[t1 + 1] - rows_.first[t0] <= p_.chunk_rows;) ++t1;
+      }
+      project_inputs(t0, t1);
+      for (int64_t i = 0; i < t1 - t0; ++i) step(d_.reverse ? t1 - 1 - i : t0 + i, rows_.first[t0]);
+      s += t1 - t0;
+    }
+    end_states();
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  static constexpr int kHSlot = Cell::kSlots - Cell::kGates;
+  static constexpr int kReserved = reserved(Cell::kSaved);
+
+  static void copy_row(T* out, const T* in, int64_t n) {
+    if (in) {
+      __builtin_memcpy(out, in, std::size_t(n) * sizeof(T));
+    } else {
+      __builtin_memset(out, 0, std::size_t(n) * sizeof(T));
+    }
+  }
+
+  void begin_states() {
+    int64_t begin, end;
+    gang_.share(rows_.batch, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = rows_.batch_index[i];
+      for (T* h : h_) {
+        __builtin_memset(h + i * ldh_, 0, std::size_t(ldh_) * sizeof(T));
+        if (d_.h0) copy_row(h + i * ldh_, d_.h0 + b * sizes_.output, sizes_.output);
+      }
+      if constexpr (Cell::kHasCell) {
+        __builtin_memset(c_ + i * ldc_, 0, std::size_t(ldc_) * sizeof(T));
+        if (d_.c0) copy_row(c_ + i * ldc_, d_.c0 + b * sizes_.hidden, sizes_.hidden);
+      }
+    }
+  }
+
+  // Pre-activations W_ih x + b of this thread's panels for steps [t0, t1), in time order.
+  void project_inputs(int64_t t0, int64_t t1) {
+    const int64_t n = rows_.first[t1] - rows_.first[t0];
+    const T* x = p_.input + (rows_.step_row[0] + rows_.first[t0]) * p_.ld_input;
+    int64_t ldx = p_.ld_input;
+    if (!rows_.dense) {
+      ldx = padded(sizes_.input);
+      T* out = x_;
+      for (int64_t t = t0; t < t1; ++t) {
+        for (int64_t i = 0; i < rows_.active[t]; ++i, out += ldx) {
+          copy_row(out, p_.input + rows_.row(t, i) * p_.ld_input, sizes_.input);
+        }
+      }
+      x = x_;
+    }
+    for (int64_t p = panel_begin_; p < panel_end_; ++p) {
+      const int64_t units = packed_.panels.begin(p + 1) - packed_.panels.begin(p);
+      const int64_t ld = Cell::kSlots * units * W;
+      T* pre = pre_panel(p);
+      const T* bias = packed_.bias_panel(p);
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t j = 0; j < ld; j += W) store(pre + r * ld + j, load(bias + j));
+      }
+      packed_.multiply(pre, ld, x, ldx, packed_.ih_panel(p), sizes_.input, n, units);
+    }
+  }
+
+  T* pre_panel(int64_t p) const {
+    return pre_ + (packed_.panels.begin(p) - packed_.panels.begin(panel_begin_)) * W * Cell::kSlots * p_.chunk_rows;
+  }
+
+  void step(int64_t t, int64_t chunk_first) {
+    const int64_t n = rows_.active[t];
+    if (n == 0) return;
+    const int64_t compact = rows_.first[t];
+    // Every other step walks the panels backwards: what of W_hh the last step left in cache is met first.
+    const bool backwards = t % 2;
+    for (int64_t j = panel_begin_; j < panel_end_; ++j) {
+      const int64_t p = backwards ? panel_end_ - 1 - (j - panel_begin_) : j;
+      const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
+      const int64_t ld = Cell::kSlots * units * W;
+      T* pre = pre_panel(p) + (compact - chunk_first) * ld;
+      packed_.multiply(pre + kHSlot * units * W, ld, h_[0], ldh_, packed_.hh_panel(p), sizes_.output, n, units);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t v = 0; v < units; ++v) apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);
+      }
+    }
+    gang_.barrier();
+    if (sizes_.projected) {
+      project_states(t, n);
+      gang_.barrier();
+    }
+    T* next = h_[1];
+    h_[1] = h_[0];
+    h_[0] = next;
+  }
+
+  void apply_cell(int64_t t, int64_t i, int64_t compact, const T* pre, int64_t slot_stride, int64_t unit) {
+    Vec<T> slots[Cell::kSlots], saved[Cell::kSaved + 1], h{}, c{}, h_new, c_new{};
+#pragma GCC unroll 8
+    for (int s = 0; s < Cell::kSlots; ++s) slots[s] = load(pre + s * slot_stride);
+    if (!sizes_.projected) h = load(h_[0] + i * ldh_ + unit);
+    if constexpr (Cell::kHasCell) c = load(c_ + i * ldc_ + unit);
+    Cell::template forward<Math<T>>(slots, h, c, &h_new, &c_new, saved);
+    const int64_t left = sizes_.hidden - unit;
+    if constexpr (Cell::kHasCell) {
+      store(c_ + i * ldc_ + unit, c_new);
+      if (d_.cell_states) store_partial(d_.cell_states + rows_.row(t, i) * p_.ld_cell + unit, c_new, left);
+    }
+    if (sizes_.projected) {
+      store(full_ + i * ldf_ + unit, h_new);
+    } else {
+      store(h_[1] + i * ldh_ + unit, h_new);
+      store_partial(d_.output + rows_.row(t, i) * p_.ld_output + unit, h_new, left);
+    }
+    if (d_.reserve) {
+      T* reserve = d_.reserve + compact * kReserved * ldc_ + unit;
+#pragma GCC unroll 8
+      for (int s = 0; s < Cell::kSaved; ++s) store(reserve + s * ldc_, saved[s]);
+      if (!sizes_.projected) store(reserve + Cell::kSaved * ldc_, h_new);
+    }
+  }
+
+  void project_states(int64_t t, int64_t n) {
+    const Groups& groups = packed_.projections;
+    int64_t begin, end;
+    gang_.share(groups.groups, &begin, &end);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t column = groups.begin(g) * W, width = (groups.begin(g + 1) - groups.begin(g)) * W;
+      multiply_panel(h_[1] + column, ldh_, full_, ldf_, packed_.hr_group(g), sizes_.hidden, n, int(width / W), false);
+      const int64_t left = sizes_.output - column < width ? sizes_.output - column : width;
+      for (int64_t i = 0; i < n; ++i) {
+        const T* h = h_[1] + i * ldh_ + column;
+        copy_row(d_.output + rows_.row(t, i) * p_.ld_output + column, h, left);
+        if (d_.reserve) copy_row(d_.reserve + ((rows_.first[t] + i) * kReserved + Cell::kSaved) * ldc_ + column, h, width);
+      }
+    }
+  }
+
+  void end_states() {
+    int64_t begin, end;
+    gang_.share(rows_.batch, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = rows_.batch_index[i], length = rows_.length[i];
+      const T* last = d_.h0 ? d_.h0 + b * sizes_.output : nullptr;
+      if (length > 0) last = d_.output + rows_.row(d_.reverse ? 0 : length - 1, i) * p_.ld_output;
+      copy_row(d_.hn + b * sizes_.output, last, sizes_.output);
+      if constexpr (Cell::kHasCell) copy_row(d_.cn + b * sizes_.hidden, c_ + i * ldc_, sizes_.hidden);
+    }
+    if (!rows_.zero_fill) return;
+    gang_.share(rows_.steps, &begin, &end);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t i = rows_.active[t]; i < rows_.batch; ++i) {
+        copy_row(d_.output + rows_.row(t, i) * p_.ld_output, nullptr, sizes_.output);
+        if (d_.cell_states) copy_row(d_.cell_states + rows_.row(t, i) * p_.ld_cell, nullptr, sizes_.hidden);
+      }
+    }
+  }
+
+  const Problem<T>& p_;
+  const Direction<T>& d_;
+  const Rows& rows_;
+  const Sizes& sizes_;
+  const PackedWeights<Cell, T> packed_;
+  Gang& gang_;
+  const int64_t ldh_, ldc_, ldf_;
+  T* h_[2];   // previous, next: [batch][ldh_]
+  T* c_;      // [batch][ldc_]
+  T* full_;   // [batch][ldf_]
+  T* pre_;    // this thread's: [panel][chunk row][slot][units]
+  T* x_;      // this thread's: [chunk row][padded(input)]
+  int64_t panel_begin_, panel_end_;
+};
+
+// Splits a gang over the directions: with at least as many threads as directions each gets its own part of the gang,
+// else the threads take directions in turn.
+template <class T, class F>
+void for_each_direction(const Problem<T>& p, Gang& gang, F&& run) {
+  T* own = p.scratch + p.directions * p.shared_scratch + gang.rank * p.thread_scratch;
+  const int parts = gang.size < p.directions ? gang.size : p.directions;
+  const int part = gang.rank % parts;
+  for (int d = part; d < p.directions; d += parts) {
+    Gang team;
+    team.rank = gang.rank / parts;
+    team.size = gang.size / parts + (part < gang.size % parts ? 1 : 0);
+    team.flags = p.flags + d * p.threads;
+    run(d, p.scratch + d * p.shared_scratch, own, team);
+  }
+}
+
+template <class Cell, class T>
+void forward(const Problem<T>& p, Gang& gang) {
+  for_each_direction(p, gang, [&](int d, T* shared, T* own, Gang& team) {
+    if (!p.prepacked) {
+      pack_weights<Cell, T>(p.sizes, const_cast<Direction<T>&>(p.direction[d]), team);
+    }
+    ForwardDirection<Cell, T>(p, d, shared, own, team).run();
+  });
+}
+
+}  // namespace seqattn::SEQATTN_ISA

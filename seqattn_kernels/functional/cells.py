@@ -1,0 +1,143 @@
+"""RNN, GRU and LSTM for one step, as functions of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels import backends, ops, reference
+from seqattn_kernels.functional.recurrence import _autocasts, _check_tensor, _rnn_cell_name, _widen
+from seqattn_kernels.reference.recurrence import GATES
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    packed_weights: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `lstm`, as ``torch.nn.LSTMCell`` defines it.
+
+    input: [B, I] or [I]; hx: (h, c), each [B, H] or [H], or None for zeros; w_ih [4H, I], w_hh [4H, H], b_* [4H].
+    packed_weights, backend: as in `lstm`. Returns (h, c). Raises as `lstm` does.
+    """
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise TypeError(f"hx: expected (h, c), got {type(hx).__name__}")
+    h, c = (None, None) if hx is None else hx
+    return _run("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    packed_weights: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of `gru`, as ``torch.nn.GRUCell`` defines it; arguments as for `lstm_cell`, ``hx`` is h. Returns h."""
+    return _run("gru", input, hx, None, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)[0]
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    packed_weights: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of `rnn`, as ``torch.nn.RNNCell`` defines it; arguments as for `gru_cell`. Returns h."""
+    return _run(_rnn_cell_name(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)[0]
+
+
+def _state(name: str, state: Any, input: Tensor, hidden: int) -> Tensor | None:
+    if state is None:
+        return None
+    _check_tensor(name, state)
+    expected = (*input.shape[:-1], hidden)
+    if state.shape != expected:
+        raise ValueError(f"{name}: expected {list(expected)} (B from input, H from weights), got {list(state.shape)}")
+    if state.dtype != input.dtype or state.device != input.device:
+        raise ValueError(
+            f"{name}: expected {input.dtype} on {input.device} (from input), got {state.dtype} on {state.device}"
+        )
+    return state if input.dim() == 2 else state.unsqueeze(0)
+
+
+def _run(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    packed_weights: Sequence[Tensor] | None,
+    backend: str | None,
+) -> tuple[Tensor, Any]:
+    _check_tensor("input", input)
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input: expected [B, I] or [I], got {list(input.shape)}")
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih, b_hh: expected both or neither, got one")
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    dtype = input.dtype
+    if _autocasts(input):
+        dtype = torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
+        input, h, c = _widen(input), _widen(h), _widen(c)
+        weights = [_widen(w) for w in weights]
+    if input.shape[-1] != w_ih.shape[1]:
+        raise ValueError(f"input: expected last dimension {w_ih.shape[1]} (from w_ih), got {list(input.shape)}")
+    if input.dtype != weights[0].dtype or input.device != w_ih.device:
+        raise ValueError(
+            f"input: expected {weights[0].dtype} on {w_ih.device} (from w_ih), got {input.dtype} on {input.device}"
+        )
+    hidden = w_ih.shape[0] // GATES[cell]
+    h, c = _state("h", h, input, hidden), _state("c", c, input, hidden)
+    x = input if input.dim() == 2 else input.unsqueeze(0)
+
+    training = torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
+    if packed_weights is not None and training and any(w.requires_grad for w in weights):
+        raise RuntimeError("packed_weights: expected None while gradients of the weights are recorded")
+    request = backends.Request(cell, x.device, x.dtype, x.shape[0], x.shape[0], hidden, training)
+    name = backends.choose(backends.RECURRENCE, request, backend)
+    if name == "cpu":
+        if x.dtype not in (torch.float32, torch.float64):
+            x, h, c, weights = _widen(x), _widen(h), _widen(c), [_widen(w) for w in weights]
+        h_new, c_new = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
+    elif name == "torch":
+        zeros = x.new_zeros(x.shape[0], hidden)
+        states: Any = zeros if h is None else h
+        if cell == "lstm":
+            states = (states, zeros if c is None else c)
+        biases = weights[2:] or (None, None)
+        result = getattr(torch._VF, f"{cell}_cell")(x, states, w_ih, w_hh, *biases)
+        h_new, c_new = result if cell == "lstm" else (result, None)
+    else:
+        zeros = x.new_zeros(x.shape[0], hidden)
+        c_in = None if cell != "lstm" else zeros if c is None else c
+        h_new, c_new = reference.recurrence.cell_step(
+            cell, x, zeros if h is None else h, c_in, weights, len(weights) == 4
+        )
+    if input.dim() == 1:
+        h_new, c_new = h_new.squeeze(0), None if c_new is None else c_new.squeeze(0)
+    if h_new.dtype != dtype:
+        h_new, c_new = h_new.to(dtype), None if c_new is None else c_new.to(dtype)
+    return h_new, c_new

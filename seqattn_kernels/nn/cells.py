@@ -1,0 +1,55 @@
+"""RNNCell, GRUCell and LSTMCell: torch.nn's single steps with another forward.
+
+As in ``recurrent.py`` no attribute is added, so that an instance built by torch.nn can change its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNCellBase
+
+from seqattn_kernels import functional
+from seqattn_kernels.nn.freezing import Freezable
+
+
+class _Cell(Freezable, RNNCellBase):
+    """What the three share."""
+
+    def _weight_names(self) -> Sequence[str]:
+        return "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell``, faster: the same arguments, parameters, results and state dict.
+
+    ``forward(input, (h, c)=None)`` with input [B, I] or [I] returns ``h, c``, each [B, H] or [H].
+    """
+
+    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        weights, packed_weights = self._weights()
+        return functional.lstm_cell(input, hx, *weights, packed_weights=packed_weights)
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """``torch.nn.GRUCell``, faster: the same arguments, parameters, results and state dict.
+
+    ``forward(input, h=None)`` with input [B, I] or [I] returns the next h, [B, H] or [H].
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        weights, packed_weights = self._weights()
+        return functional.gru_cell(input, hx, *weights, packed_weights=packed_weights)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """``torch.nn.RNNCell`` (tanh or relu), faster: the same arguments, parameters, results and state dict.
+
+    ``forward(input, h=None)`` with input [B, I] or [I] returns the next h, [B, H] or [H].
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        weights, packed_weights = self._weights()
+        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, packed_weights=packed_weights)

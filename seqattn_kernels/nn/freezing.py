@@ -1,0 +1,216 @@
+"""Weights promised unchanged for a while, so that they are packed once and not on each call.
+
+Outside such a scope every forward reads the weights anew, whatever happened to them. Inside it a change raises: packed
+weights may never be stale, and there is no cheap proof that a tensor still holds the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Frozen:
+    """What one module keeps while its weights are frozen.
+
+    A weight counts as changed when another tensor stands in its place, when its memory moved, or when it was written in
+    place (``_version``). Writing through ``weight.data`` leaves no trace: that much the caller promises.
+    """
+
+    __slots__ = ("_alive", "_kept", "holders", "packed", "weights")
+
+    def __init__(self, module: Freezable) -> None:
+        self.holders: set[Hashable] = set()
+        with torch.no_grad():
+            self.weights = module._read_weights()
+            self.packed = module._pack_weights(self.weights)
+        sources = _sources(module)
+        self._kept = [(tensor, *_stamp(tensor)) for tensor in sources]
+        # Holding the memory itself keeps its address from being handed to other weights.
+        self._alive = [None if tensor is None else tensor.detach() for tensor in sources]
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()  # A copy of a frozen module, by deepcopy or pickle, is not frozen.
+
+    def check(self, module: Freezable) -> None:
+        """Raise RuntimeError unless the weights are those that were packed."""
+        sources = _sources(module)
+        if len(sources) == len(self._kept):
+            for tensor, (kept, address, version) in zip(sources, self._kept, strict=True):
+                if tensor is not kept:
+                    break
+                if tensor is None:
+                    continue
+                if tensor.data_ptr() != address or (version is not None and tensor._version != version):
+                    break
+            else:
+                return
+        raise RuntimeError(
+            f"{type(module).__name__}: its weights are frozen, but they have changed since; leave the frozen scope "
+            "(or call unfreeze) before changing weights"
+        )
+
+    def checked(self, module: Freezable) -> tuple[Sequence[Tensor | None], Any]:
+        """The weights and their packed form, safe to use now."""
+        self.check(module)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor, _, _ in self._kept):
+            raise RuntimeError(
+                f"{type(module).__name__}: its weights are frozen, but gradients would be recorded for them; run under "
+                "torch.no_grad() or torch.inference_mode(), or leave the frozen scope (or call unfreeze) to train"
+            )
+        return self.weights, self.packed
+
+
+def _sources(module: Freezable) -> Sequence[Tensor | None]:
+    """The tensors that determine the weights: themselves, or what they are computed from where parametrized."""
+    if "parametrizations" in module._modules:
+        return [*module.parameters(), *module.buffers()]
+    return module._read_weights()
+
+
+def _stamp(tensor: Tensor | None) -> tuple[int | None, int | None]:
+    """Address and version, as far as there are any: tensors made in inference mode count no versions."""
+    if tensor is None:
+        return None, None
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+class Freezable(nn.Module):
+    """Base of modules with weights that can be packed once. It adds no state to a module that is not frozen."""
+
+    _frozen: Frozen | None = None
+
+    def _weight_names(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def _read_weights(self) -> Sequence[Tensor | None]:
+        """The tensors that stand as attributes at this moment, in the order of ``_weight_names``."""
+        parameters = self._parameters
+        names = self._weight_names()
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:  # Some are computed: parametrized, dropped out by a wrapper, replicated.
+            return [getattr(self, name) for name in names]
+
+    def _pack_weights(self, weights: Sequence[Tensor | None]) -> Any:
+        raise NotImplementedError
+
+    def _weights(self) -> tuple[Sequence[Tensor | None], Any]:
+        """The weights to compute with, and their packed form where frozen."""
+        if self._frozen is None:
+            return self._read_weights(), None
+        if torch.compiler.is_compiling():  # A graph outlives the scope.
+            return self._read_weights(), None
+        return self._frozen.checked(self)
+
+    def _refuse_if_frozen(self, name: str) -> None:
+        if self._frozen is not None and name in self._weight_names():
+            raise RuntimeError(
+                f"{type(self).__name__}.{name}: frozen; leave the frozen scope (or call unfreeze) before changing it"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_if_frozen(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_if_frozen(name)
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        if self._frozen is not None:  # A conversion that changes nothing is welcome.
+            self._frozen.check(self)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._frozen is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: its weights are frozen; leave the frozen scope (or call unfreeze) before "
+                "loading others"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_frozen", None)  # Its weights are other tensors.
+        return replica
+
+
+def _hold(module: Freezable, holder: Hashable) -> None:
+    if module._frozen is None:
+        module._frozen = Frozen(module)
+    else:
+        module._frozen.check(module)
+    module._frozen.holders.add(holder)
+
+
+def _release(module: Freezable, holder: Hashable) -> None:
+    state = module.__dict__.get("_frozen")  # Not an attribute: its class may have been restored meanwhile.
+    if state is not None:
+        state.holders.discard(holder)
+        if not state.holders:
+            thaw(module)
+
+
+def thaw(module: nn.Module) -> None:
+    """Release one module, whoever holds it."""
+    module.__dict__.pop("_frozen", None)
+
+
+_UNTIL_UNFREEZE = "unfreeze"
+
+
+def _hold_all(model: nn.Module, holder: Hashable) -> list[Freezable]:
+    modules = [module for module in model.modules() if isinstance(module, Freezable)]
+    try:
+        for module in modules:
+            _hold(module, holder)
+    except BaseException:
+        for module in modules:
+            _release(module, holder)
+        raise
+    return modules
+
+
+@contextmanager
+def frozen(model: ModelT) -> Iterator[ModelT]:
+    """A scope for inference in which the weights of the package's modules in ``model`` are packed once and kept.
+
+    Inside, RuntimeError is raised by a change of their weights (assignment, ``load_state_dict``, a conversion by
+    ``.to()``, an optimizer step) and by a forward that would record gradients for them. Gradients of inputs are fine.
+    The one thing that goes unseen is writing through ``weight.data``: don't. Scopes nest; a copy of the model is not
+    frozen. Packed weights take as much memory again as the weights.
+
+    Example:
+        >>> with seqattn_kernels.frozen(model), torch.inference_mode():
+        ...     for batch in batches:
+        ...         model(batch)
+    """
+    holder = object()
+    modules = _hold_all(model, holder)
+    try:
+        yield model
+    finally:
+        for module in modules:
+            _release(module, holder)
+
+
+def freeze(model: ModelT) -> ModelT:
+    """As ``frozen``, until ``unfreeze(model)``."""
+    _hold_all(model, _UNTIL_UNFREEZE)
+    return model
+
+
+def unfreeze(model: ModelT) -> ModelT:
+    """End what ``freeze(model)`` or ``accelerate(model, frozen=True)`` began."""
+    for module in model.modules():
+        if isinstance(module, Freezable):
+            _release(module, _UNTIL_UNFREEZE)
+    return model

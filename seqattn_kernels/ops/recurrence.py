@@ -1,0 +1,212 @@
+"""The recurrence operators: fake kernels, autograd, and what Python calls.
+
+An operator works on one layer with all its directions and steps. The Functions here exist only to be differentiated;
+where nothing needs a gradient the plain operator is called, which costs a few microseconds less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels import native, reference
+from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
+_NUMBER = {name: number for number, name in enumerate(CELLS)}
+_SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+_UNIT_PAD = 16
+
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _padded(units: int) -> int:
+    return -(-units // _UNIT_PAD) * _UNIT_PAD
+
+
+def _geometry(cell: str, input: Tensor, layout: int, sizes: Tensor | None, weights: Sequence[Tensor], has_bias: bool):
+    hidden = weights[1].shape[0] // reference.recurrence.GATES[cell]
+    output = weights[1].shape[1]
+    per_direction = 2 + 2 * has_bias + (output != hidden)
+    return len(weights) // per_direction, hidden, output
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("seqattn::recurrence_fwd")
+    def _(cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states):
+        name = CELLS[cell]
+        D, hidden, output = _geometry(name, input, layout, sizes, weights, has_bias)
+        if layout == PACKED:
+            rows = input.shape[0]
+            if h0 is not None:
+                batch = h0.shape[1]
+            else:
+                batch = torch.library.get_ctx().new_dynamic_size()
+        else:
+            batch = input.shape[0] if layout == BATCH_FIRST else input.shape[1]
+            rows = input.shape[0] * input.shape[1]
+        has_cell = name == "lstm"
+        empty = input.new_empty
+        return (
+            empty(*input.shape[:-1], D * output),
+            empty(D, batch, output),
+            empty(D, batch, hidden) if has_cell else empty(0),
+            empty(*input.shape[:-1], D * hidden) if has_cell and cell_states else empty(0),
+            empty(D, rows, (_SAVED[name] + 1) * _padded(hidden)) if save else empty(0),
+        )
+
+    @torch.library.register_fake("seqattn::recurrence_bwd")
+    def _(
+        cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn, d_cell_states,
+        need_input, need_weights,
+    ):  # fmt: skip
+        empty = input.new_empty
+        return (
+            torch.empty_like(input) if need_input else empty(0),
+            torch.empty_like(h0) if h0 is not None else empty(0),
+            torch.empty_like(c0) if c0 is not None else empty(0),
+            [torch.empty_like(w) for w in weights] if need_weights else [],
+        )
+
+    @torch.library.register_fake("seqattn::recurrence_pack")
+    def _(cell, weights, has_bias):
+        D, hidden, output = _geometry(CELLS[cell], weights[0], 0, None, weights, has_bias)
+        gates = reference.recurrence.GATES[CELLS[cell]]
+        slots = 4 if gates > 1 else 1
+        size = gates * _padded(hidden) * (weights[0].shape[1] + output) + slots * _padded(hidden)
+        if output != hidden:
+            size += _padded(output) * hidden
+        return [weights[0].new_empty(size) for _ in range(D)]
+
+
+if native.extension is not None:
+    _register_fakes()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+class RecurrenceFunction(torch.autograd.Function):
+    """One layer with gradients. Saves the inputs and the reserve, never the outputs: those may be changed in place."""
+
+    @staticmethod
+    def forward(cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights):
+        return torch.ops.seqattn.recurrence_fwd.default(
+            _NUMBER[cell], input, sizes, layout, h0, c0, weights, (), has_bias, True, cell_states
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, has_bias, layout, _, input, sizes, h0, c0, *weights = inputs
+        ctx.settings = cell, has_bias, layout
+        ctx.save_for_backward(input, sizes, h0, c0, output[4], *weights)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in output[2:] if t.dim() == 1), output[4])
+
+    @staticmethod
+    def backward(ctx, d_output, d_hn, d_cn, d_states, _):
+        cell, has_bias, layout = ctx.settings
+        input, sizes, h0, c0, reserve, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients = d_output, d_hn, d_cn, d_states
+        if all(g is None for g in gradients):
+            return (None,) * (8 + len(weights))
+        if torch.is_grad_enabled():
+            found = _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs[4:])
+            return None, None, None, None, *found
+        d_input, d_h0, d_c0, d_weights = torch.ops.seqattn.recurrence_bwd.default(
+            _NUMBER[cell], input, sizes, layout, h0, c0, weights, has_bias, reserve,
+            *map(_contiguous, gradients), needs[4], any(needs[8:]),
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            None,
+            None,
+            d_input if needs[4] else None,
+            None,
+            d_h0 if needs[6] else None,
+            d_c0 if needs[7] else None,
+            *(d_weights or (None,) * len(weights)),
+        )
+
+
+def _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs):
+    """Gradients that can be differentiated again, through the reference."""
+    inputs = (input, sizes, h0, c0, *weights)
+    outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
+    chosen = [i for i, need in enumerate(needs) if need]
+    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out is not None and grad is not None]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs],
+        [inputs[i] for i in chosen],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    results: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(chosen, found, strict=True):
+        results[i] = gradient
+    return results
+
+
+def recurrence(
+    cell: str,
+    input: Tensor,
+    sizes: Tensor | None,
+    layout: int,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_bias: bool,
+    cell_states: bool = False,
+    packed: Sequence[Tensor] = (),
+) -> Results:
+    """The native operator on one layer; see `reference.recurrence.recurrence` for the arguments and results.
+
+    `packed`: what `pack_recurrence` made of these very weights, or empty.
+    """
+    input = _contiguous(input)
+    h0, c0 = _contiguous(h0), _contiguous(c0)
+    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+        or any(w.requires_grad for w in weights)
+    ):
+        output, hn, cn, states, _ = RecurrenceFunction.apply(
+            cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
+        )
+    else:
+        output, hn, cn, states, _ = torch.ops.seqattn.recurrence_fwd.default(
+            _NUMBER[cell], input, sizes, layout, h0, c0, weights, packed, has_bias, False, cell_states
+        )
+    if cell != "lstm":
+        return output, hn, None, None
+    return output, hn, cn, states if cell_states else None
+
+
+def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool) -> list[Tensor]:
+    """The weights of one layer's directions as the kernels read them; valid as long as the weights don't change."""
+    weights = [w.detach().contiguous() for w in weights]
+    return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias)
+
+
+def cell_step(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    has_bias: bool,
+    packed: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor | None]:
+    """One step: input [B, I], h, c [B, H] or None -> h', c'."""
+    h0 = None if h is None else h.unsqueeze(0)
+    c0 = None if c is None else c.unsqueeze(0)
+    _, h_n, c_n, _ = recurrence(cell, input.unsqueeze(0), None, 0, h0, c0, weights, has_bias, False, packed)
+    return h_n[0], None if c_n is None else c_n[0]
