@@ -31,6 +31,15 @@ class Request:
     extras: str | None = None  # an option torch's own function doesn't have
 
 
+@dataclass(slots=True)  # made on every decoder step: frozen would cost another microsecond
+class AttentionRequest:
+    """What an attention call asks for, as far as the choice of a backend depends on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    mask_gradient: bool = False  # the gradient of a mask that is added to the scores will be asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     name: str
@@ -47,17 +56,35 @@ def _cpu_why_not(request: Request) -> str | None:
     return None
 
 
+def _cpu_attention_why_not(request: AttentionRequest) -> str | None:
+    if native.why_not() is not None:
+        return native.why_not()
+    if request.device.type != "cpu":
+        return f"the CPU kernels take CPU tensors, got {request.device}"
+    if request.dtype not in _NATIVE_DTYPES:
+        return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
+    if request.mask_gradient:
+        return "the CPU kernels have no gradient for a mask"
+    return None
+
+
 def _torch_why_not(request: Request) -> str | None:
     return None if request.extras is None else f"torch's own function has no {request.extras}"
 
 
-def _never(request: Request) -> None:
+def _never(request: Any) -> None:
     return None
 
 
 RECURRENCE: Sequence[Backend] = (
     Backend("cpu", _cpu_why_not),
     Backend("torch", _torch_why_not),
+    Backend("reference", _never),
+)
+
+
+ATTENTION: Sequence[Backend] = (
+    Backend("cpu", _cpu_attention_why_not),
     Backend("reference", _never),
 )
 

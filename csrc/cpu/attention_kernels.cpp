@@ -44,6 +44,15 @@ SEQATTN_INLINE bool all_at_most(Vec<T> x, T bound) {
   return all;
 }
 
+// Sum of the lanes, by halves: as few roundings on the way of each lane as there can be.
+template <class T>
+SEQATTN_INLINE T sum_by_halves(Vec<T> v) {
+  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+  }
+  return v[0];
+}
+
 template <class T>
 inline constexpr T kInfinity = T(__builtin_inf());
 
@@ -198,7 +207,7 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
         for (int j = 0; j < K; ++j) part[i][j] = Vec<T>{};
       }
       if constexpr (form == Form::merged || form == Form::small) {
-        const Vec<T> bound = broadcast(Additive::kBound<T>);
+        const Vec<T> bound = broadcast(Additive::kMergedBound<T>);
         for (int64_t a = a0; a < a1; a += Additive::kMerged) {
           const T* group = form == Form::small ? args.v + a : args.v_groups + 2 * a;
           const Vec<T> v[4] = {broadcast(group[0]), broadcast(group[1]), broadcast(group[2]), broadcast(group[3])};
@@ -351,7 +360,7 @@ void softmax_row(const AttentionArgs<T>& args, int64_t b, int64_t t, T* row) {
       sum += e;
       store(row + s, e);
     }
-    const Vec<T> total = broadcast(sum_lanes<T>(sum));
+    const Vec<T> total = broadcast(sum_by_halves<T>(sum));
     for (int64_t s = 0; s < padded; s += W) store(row + s, load(row + s) / total);
   }
   if (weights) {
@@ -566,7 +575,7 @@ void d_scores(const AttentionArgs<T>& args, int64_t begin, int64_t end) {
     } else {
       Vec<T> sums{};
       for (int64_t s = 0; s < length; s += W) sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
-      const Vec<T> sum = broadcast(sum_lanes<T>(sums));
+      const Vec<T> sum = broadcast(sum_by_halves<T>(sums));
       for (int64_t s = 0; s < length; s += W) {
         const Vec<T> x = load_partial(w + s, length - s) * (load_partial(dw + s, length - s) - sum);
         store_partial(ds + s, x, length - s);
@@ -582,12 +591,12 @@ enum class Slope { exponential, small, plain };
 template <class T>
 struct Columns {
   const T *q, *k;  // [T, lanes], [length, lanes]: e^2x, tanh x or x
-  T *dq, *dk;      // sums of d_score times the derivative, short of v (and of 4 in the exponential form)
+  T *dq, *dk;      // sums of d_score times the derivative, short of v (and of 4 but in the form of small arguments)
   Vec<T> dv;
 };
 
-// Adds the part of queries [t0, t0 + N) and keys [s0, s1) to the sums of one column block. In the exponential form dv
-// gathers d_score * r (tanh = 1 - 2 r).
+// Adds the part of queries [t0, t0 + N) and keys [s0, s1) to the sums of one column block. But for small arguments, dv
+// gathers d_score * (r - 1/2) (tanh = 1 - 2 r).
 template <class T, Slope slope, int N>
 SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64_t s1, Columns<T>& c) {
   using M = ScoreMath<T>;
@@ -598,6 +607,7 @@ SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64
     q[i] = load(c.q + (t0 + i) * W);
     dq[i] = Vec<T>{};
   }
+  const Vec<T> bound = broadcast(Additive::kBound<T>);
   Vec<T> dv{};
   ds += t0 * S;
   for (int64_t s = s0; s < s1; ++s) {
@@ -605,12 +615,19 @@ SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64
     Vec<T> dk{}, dv_key{};
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      const Vec<T> term = slope == Slope::exponential ? Additive::reciprocal(q[i], k)
-                          : slope == Slope::small     ? Additive::forward_small(q[i], k)
-                                                      : Additive::forward<M>(q[i], k);
       const Vec<T> g = broadcast(ds[i * S + s]);
-      const Vec<T> u = g * term;
-      const Vec<T> w = (slope == Slope::exponential ? u : g) - u * term;
+      Vec<T> u, w;
+      if constexpr (slope == Slope::small) {
+        const Vec<T> term = Additive::forward_small(q[i], k);
+        u = g * term;
+        w = g - u * term;
+      } else {
+        Vec<T> rest;
+        const Vec<T> e = slope == Slope::exponential ? q[i] * k : exp<T>(T(2) * (q[i] + k));
+        u = g * Additive::reciprocal(M::at_most(e, bound), &rest);
+        w = u * rest;
+        u -= T(0.5) * g;
+      }
       dv_key += u;
       dq[i] += w;
       dk += w;
@@ -671,15 +688,16 @@ void backward(const AttentionArgs<T>& args, int64_t begin, int64_t end, T* scrat
       for (int64_t t = 0; t < args.T_; ++t) store(q + t * W, tanh<T>(load(q + t * W)));
       all_slopes<T, Slope::small>(ds, args.T_, S, length, c);
       dv = c.dv;
-    } else if (moderate) {
-      for (int64_t s = 0; s < length; ++s) store(k + s * W, exp<T>(T(2) * load(k + s * W)));
-      for (int64_t t = 0; t < args.T_; ++t) store(q + t * W, exp<T>(T(2) * load(q + t * W)));
-      all_slopes<T, Slope::exponential>(ds, args.T_, S, length, c);
-      dv = T(-2) * c.dv;  // the sum of d_score itself is zero
-      factor = T(4) * v;
     } else {
-      all_slopes<T, Slope::plain>(ds, args.T_, S, length, c);
-      dv = c.dv;
+      if (moderate) {
+        for (int64_t s = 0; s < length; ++s) store(k + s * W, exp<T>(T(2) * load(k + s * W)));
+        for (int64_t t = 0; t < args.T_; ++t) store(q + t * W, exp<T>(T(2) * load(q + t * W)));
+        all_slopes<T, Slope::exponential>(ds, args.T_, S, length, c);
+      } else {
+        all_slopes<T, Slope::plain>(ds, args.T_, S, length, c);
+      }
+      dv = T(-2) * c.dv;
+      factor = T(4) * v;
     }
     for (int64_t s = 0; s < length; ++s) {
       store_partial(args.d_keys + (b * S + s) * A + a, factor * load(dk + s * W), left);

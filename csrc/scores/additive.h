@@ -19,12 +19,14 @@ struct Additive {
   static constexpr const char* kName = "additive";
   static constexpr int kMerged = 4;  // elements a merged division serves
 
-  // Bounds: the largest |k| for the exponential form and of x in its merged form, by the element type, and the largest
-  // |q|, |k| for the form of small arguments.
+  // Bounds by the element type: of |k| for the exponential form, of x in its merged form and of e in `reciprocal`;
+  // and of |q|, |k| for the form of small arguments.
   template <class T>
   static constexpr T kLargestKey = sizeof(T) == 4 ? T(30) : T(300);
   template <class T>
-  static constexpr T kBound = sizeof(T) == 4 ? T(2147483648.0) : T(0x1p250);
+  static constexpr T kMergedBound = sizeof(T) == 4 ? T(0x1p31) : T(0x1p250);
+  template <class T>
+  static constexpr T kBound = sizeof(T) == 4 ? T(0x1p126) : T(0x1p1022);
   static constexpr double kSmall = 1;
 
   template <class M, class V = typename M::Value>
@@ -75,10 +77,13 @@ struct Additive {
     return (1 + tk) / (1 - tk);
   }
 
-  // r = 1 / x: tanh = 1 - 2 r, its derivative 4 (r - r^2).
+  // r = 1 / (1 + e) and 1 - r, each to its own last bits, with e = e^2(q + k) below the bound: tanh = 1 - 2 r, its
+  // derivative 4 r (1 - r).
   template <class V>
-  static SEQATTN_SCORE V reciprocal(V eq, V ek) {
-    return 1 / (1 + eq * ek);
+  static SEQATTN_SCORE V reciprocal(V e, V* complement) {
+    const V r = 1 / (1 + e);
+    *complement = e * r;
+    return r;
   }
 };
 

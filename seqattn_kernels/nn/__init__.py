@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from seqattn_kernels.nn.attention import (
+    AdditiveAttention,
+    ConcatAttention,
+    DotAttention,
+    FeatureAttention,
+    GeneralAttention,
+)
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from seqattn_kernels.nn.freezing import freeze, frozen, unfreeze
 from seqattn_kernels.nn.recurrent import GRU, LSTM, RNN
@@ -10,7 +17,12 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "ConcatAttention",
+    "DotAttention",
+    "FeatureAttention",
     "GRUCell",
+    "GeneralAttention",
     "LSTMCell",
     "RNNCell",
     "freeze",

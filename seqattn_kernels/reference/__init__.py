@@ -1,5 +1,5 @@
 """What the operators mean, in plain torch."""
 
-from seqattn_kernels.reference import recurrence
+from seqattn_kernels.reference import attention, recurrence
 
-__all__ = ["recurrence"]
+__all__ = ["attention", "recurrence"]
