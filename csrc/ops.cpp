@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
       "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
       "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
       "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // One step of a cell: input [B, I], h and c [B, H] (None: zeros), weights w_ih, w_hh and, with has_bias, b_ih, b_hh.
+  // Results: h', c' (may be empty), reserve for backward (may be empty).
+  m.def(
+      "cell_fwd(int cell, Tensor input, Tensor? h, Tensor? c, Tensor[] weights, Tensor[] packed, bool has_bias, "
+      "bool save) -> (Tensor, Tensor, Tensor)");
+  // Results: gradients of input, h, c and the weights (empty where not needed).
+  m.def(
+      "cell_bwd(int cell, Tensor input, Tensor? h, Tensor? c, Tensor[] weights, bool has_bias, Tensor reserve, "
+      "Tensor? d_h, Tensor? d_c, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
   // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged.
   m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias) -> Tensor[]");
 }

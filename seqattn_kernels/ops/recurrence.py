@@ -70,6 +70,26 @@ def _register_fakes() -> None:
             [torch.empty_like(w) for w in weights] if need_weights else [],
         )
 
+    @torch.library.register_fake("seqattn::cell_fwd")
+    def _(cell, input, h, c, weights, packed, has_bias, save):
+        batch, hidden, name = input.shape[0], weights[1].shape[1], CELLS[cell]
+        empty = input.new_empty
+        return (
+            empty(batch, hidden),
+            empty(batch, hidden) if name == "lstm" else empty(0),
+            empty(batch, max(_SAVED[name], 1) * _padded(hidden)) if save else empty(0),
+        )
+
+    @torch.library.register_fake("seqattn::cell_bwd")
+    def _(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights):
+        empty = input.new_empty
+        return (
+            torch.empty_like(input) if need_input else empty(0),
+            torch.empty_like(h) if h is not None else empty(0),
+            torch.empty_like(c) if c is not None else empty(0),
+            [torch.empty_like(w) for w in weights] if need_weights else [],
+        )
+
     @torch.library.register_fake("seqattn::recurrence_pack")
     def _(cell, weights, has_bias):
         D, hidden, output = _geometry(CELLS[cell], weights[0], 0, None, weights, has_bias)
@@ -115,8 +135,9 @@ class RecurrenceFunction(torch.autograd.Function):
         if all(g is None for g in gradients):
             return (None,) * (8 + len(weights))
         if torch.is_grad_enabled():
-            found = _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs[4:])
-            return None, None, None, None, *found
+            outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
+            inputs = input, sizes, h0, c0, *weights
+            return None, None, None, None, *_differentiable_gradients(outputs, inputs, needs[4:], gradients)
         d_input, d_h0, d_c0, d_weights = torch.ops.seqattn.recurrence_bwd.default(
             _NUMBER[cell], input, sizes, layout, h0, c0, weights, has_bias, reserve,
             *map(_contiguous, gradients), needs[4], any(needs[8:]),
@@ -134,12 +155,10 @@ class RecurrenceFunction(torch.autograd.Function):
         )
 
 
-def _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs):
-    """Gradients that can be differentiated again, through the reference."""
-    inputs = (input, sizes, h0, c0, *weights)
-    outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
-    chosen = [i for i, need in enumerate(needs) if need]
+def _differentiable_gradients(outputs, inputs, needs, gradients):
+    """Gradients that can be differentiated again: of the reference's outputs with respect to the inputs that need it."""
     pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out is not None and grad is not None]
+    chosen = [i for i, need in enumerate(needs) if need]
     found = torch.autograd.grad(
         [out for out, _ in pairs],
         [inputs[i] for i in chosen],
@@ -151,6 +170,15 @@ def _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, 
     for i, gradient in zip(chosen, found, strict=True):
         results[i] = gradient
     return results
+
+
+def _any_requires_grad(input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    return (
+        input.requires_grad
+        or (h is not None and h.requires_grad)
+        or (c is not None and c.requires_grad)
+        or any(w.requires_grad for w in weights)
+    )
 
 
 def recurrence(
@@ -172,12 +200,7 @@ def recurrence(
     input = _contiguous(input)
     h0, c0 = _contiguous(h0), _contiguous(c0)
     weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
-        or any(w.requires_grad for w in weights)
-    ):
+    if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
         output, hn, cn, states, _ = RecurrenceFunction.apply(
             cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
         )
@@ -196,6 +219,52 @@ def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool) -> lis
     return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias)
 
 
+
+class CellFunction(torch.autograd.Function):
+    """One step with gradients; as with sequences, the results are not saved and may be changed in place."""
+
+    @staticmethod
+    def forward(cell, has_bias, input, h, c, *weights):
+        return torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, (), has_bias, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, has_bias, input, h, c, *weights = inputs
+        ctx.settings = cell, has_bias
+        ctx.save_for_backward(input, h, c, output[2], *weights)
+        ctx.set_materialize_grads(False)
+        if cell == "lstm":
+            ctx.mark_non_differentiable(output[2])
+        else:
+            ctx.mark_non_differentiable(output[1], output[2])
+
+    @staticmethod
+    def backward(ctx, d_h_new, d_c_new, _):
+        cell, has_bias = ctx.settings
+        input, h, c, reserve, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if d_h_new is None and d_c_new is None:
+            return (None,) * (5 + len(weights))
+        if torch.is_grad_enabled():
+            zeros = input.new_zeros(len(input), weights[1].shape[1])
+            c_in = None if cell != "lstm" else zeros if c is None else c
+            outputs = reference.recurrence.cell_step(cell, input, zeros if h is None else h, c_in, weights, has_bias)
+            inputs = input, h, c, *weights
+            return None, None, *_differentiable_gradients(outputs, inputs, needs[2:], (d_h_new, d_c_new))
+        d_input, d_h, d_c, d_weights = torch.ops.seqattn.cell_bwd.default(
+            _NUMBER[cell], input, h, c, weights, has_bias, reserve, _contiguous(d_h_new), _contiguous(d_c_new),
+            needs[2], any(needs[5:]),
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            d_input if needs[2] else None,
+            d_h if needs[3] else None,
+            d_c if needs[4] else None,
+            *(d_weights or (None,) * len(weights)),
+        )
+
+
 def cell_step(
     cell: str,
     input: Tensor,
@@ -205,8 +274,13 @@ def cell_step(
     has_bias: bool,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """One step: input [B, I], h, c [B, H] or None -> h', c'."""
-    h0 = None if h is None else h.unsqueeze(0)
-    c0 = None if c is None else c.unsqueeze(0)
-    _, h_n, c_n, _ = recurrence(cell, input.unsqueeze(0), None, 0, h0, c0, weights, has_bias, False, packed)
-    return h_n[0], None if c_n is None else c_n[0]
+    """One step: input [B, I], h, c [B, H] or None -> h', c' (None without a cell state)."""
+    input, h, c = _contiguous(input), _contiguous(h), _contiguous(c)
+    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
+        h_new, c_new, _ = CellFunction.apply(cell, has_bias, input, h, c, *weights)
+    else:
+        h_new, c_new, _ = torch.ops.seqattn.cell_fwd.default(
+            _NUMBER[cell], input, h, c, weights, packed, has_bias, False
+        )
+    return h_new, c_new if cell == "lstm" else None
