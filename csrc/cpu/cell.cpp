@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "launch.h"
@@ -76,20 +75,22 @@ void take_scratch(StepProblem<T>* p) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
+std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
                                            const std::optional<Tensor>& c, const std::vector<Tensor>& weights,
                                            const std::vector<Tensor>& packed, bool has_bias, bool save) {
   const CellInfo& cell = cell_info(number);
   StepProblem<T> p = read<T>(cell, input, h, c, weights, has_bias);
   const int64_t B = p.batch, H = p.sizes.hidden;
-  const std::vector<int64_t> none{0};
-  Tensor h_new = torch::stable::new_empty(input, {B, H});
-  Tensor c_new = torch::stable::new_empty(input, cell.has_cell ? std::vector<int64_t>{B, H} : none);
-  Tensor reserve = torch::stable::new_empty(
-      input, save ? std::vector<int64_t>{B, step_reserved(cell.saved) * padded(H)} : none);
-  p.h_new = h_new.mutable_data_ptr<T>();
-  p.c_new = cell.has_cell ? c_new.mutable_data_ptr<T>() : nullptr;
-  p.reserve = save ? reserve.mutable_data_ptr<T>() : nullptr;
+  // Only what there is: an empty tensor costs as much to make as a full one.
+  std::vector<Tensor> results;
+  results.reserve(3);
+  auto make = [&](int64_t columns) {
+    results.push_back(torch::stable::new_empty(input, {B, columns}));
+    return results.back().template mutable_data_ptr<T>();
+  };
+  p.h_new = make(H);
+  p.c_new = cell.has_cell ? make(H) : nullptr;
+  p.reserve = save ? make(step_reserved(cell.saved) * padded(H)) : nullptr;
   if (!packed.empty()) {
     const int64_t values = SEQATTN_KERNELS(recurrence_kernels).f32.packed_size(int(number), p.sizes);
     check_tensor("packed", packed[0], dtype_of<T>(), {values});
@@ -100,11 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t number, const Tensor& input, 
   k.forward_scratch(int(number), &p);
   take_scratch(&p);
   run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
-  return {h_new, c_new, reserve};
+  return results;
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(int64_t number, const Tensor& input,
+std::vector<Tensor> backward(int64_t number, const Tensor& input,
                                                                  const std::optional<Tensor>& h,
                                                                  const std::optional<Tensor>& c,
                                                                  const std::vector<Tensor>& weights, bool has_bias,
@@ -120,42 +121,40 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(int64_t number,
     check_tensor("gradient", **t, dtype_of<T>(), {B, H});
     if (!(*t)->is_contiguous()) fail("gradients: expected contiguous tensors");
   }
-  const std::vector<int64_t> none{0};
-  Tensor d_input = torch::stable::new_empty(input, need_input ? std::vector<int64_t>{B, p.sizes.input} : none);
-  Tensor d_h_old = torch::stable::new_empty(input, h ? std::vector<int64_t>{B, H} : none);
-  Tensor d_c_old = torch::stable::new_empty(input, c ? std::vector<int64_t>{B, H} : none);
-  std::vector<Tensor> d_weights;
-  for (size_t i = 0; need_weights && i < weights.size(); ++i) {
-    d_weights.push_back(torch::stable::new_empty(weights[i], weights[i].sizes()));
-  }
+  std::vector<Tensor> results;
+  results.reserve(3 + weights.size());
+  auto make = [&](const Tensor& like) {
+    results.push_back(torch::stable::empty_like(like));
+    return results.back().template mutable_data_ptr<T>();
+  };
   p.reserve = const_cast<T*>(reserve.const_data_ptr<T>());
   p.d_h_new = data<T>(d_h);
   p.d_c_new = data<T>(d_c);
-  p.d_x = need_input ? d_input.mutable_data_ptr<T>() : nullptr;
-  p.d_h = h ? d_h_old.mutable_data_ptr<T>() : nullptr;
-  p.d_c = c ? d_c_old.mutable_data_ptr<T>() : nullptr;
+  p.d_x = need_input ? make(input) : nullptr;
+  p.d_h = h ? make(*h) : nullptr;
+  p.d_c = c ? make(*c) : nullptr;
   if (need_weights) {
-    p.d_w_ih = d_weights[0].mutable_data_ptr<T>();
-    p.d_w_hh = d_weights[1].mutable_data_ptr<T>();
-    p.d_b_ih = has_bias ? d_weights[2].mutable_data_ptr<T>() : nullptr;
-    p.d_b_hh = has_bias ? d_weights[3].mutable_data_ptr<T>() : nullptr;
+    p.d_w_ih = make(weights[0]);
+    p.d_w_hh = make(weights[1]);
+    p.d_b_ih = has_bias ? make(weights[2]) : nullptr;
+    p.d_b_hh = has_bias ? make(weights[3]) : nullptr;
   }
   p.threads = plan_threads<T>(cell, p, 2.0);
   const StepKernels<T>& k = kernels<T>();
   k.backward_scratch(int(number), &p);
   take_scratch(&p);
   run_gang(p.threads, [&](Gang& gang) { k.backward(int(number), p, gang); });
-  return {d_input, d_h_old, d_c_old, d_weights};
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cell_fwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h,
+std::vector<Tensor> cell_fwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h,
                                                 std::optional<Tensor> c, std::vector<Tensor> weights,
                                                 std::vector<Tensor> packed, bool has_bias, bool save) {
   return with_dtype(
       input, [&](auto t) { return forward<decltype(t)>(cell, input, h, c, weights, packed, has_bias, save); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cell_bwd_cpu(
+std::vector<Tensor> cell_bwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> h, std::optional<Tensor> c, std::vector<Tensor> weights,
     bool has_bias, Tensor reserve, std::optional<Tensor> d_h, std::optional<Tensor> d_c, bool need_input,
     bool need_weights) {

@@ -121,14 +121,15 @@ def _run(
     if name == "cpu":
         if x.dtype not in (torch.float32, torch.float64):
             x, h, c, weights = _widen(x), _widen(h), _widen(c), [_widen(w) for w in weights]
-        h_new, c_new = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
+        states = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
+        h_new, c_new = states if cell == "lstm" else (states[0], None)
     elif name == "torch":
         zeros = x.new_zeros(x.shape[0], hidden)
-        states: Any = zeros if h is None else h
+        hx: Any = zeros if h is None else h
         if cell == "lstm":
-            states = (states, zeros if c is None else c)
+            hx = (hx, zeros if c is None else c)
         biases = weights[2:] or (None, None)
-        result = getattr(torch._VF, f"{cell}_cell")(x, states, w_ih, w_hh, *biases)
+        result = getattr(torch._VF, f"{cell}_cell")(x, hx, w_ih, w_hh, *biases)
         h_new, c_new = result if cell == "lstm" else (result, None)
     else:
         zeros = x.new_zeros(x.shape[0], hidden)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops.autograd import apply_function
 from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
@@ -73,22 +74,15 @@ def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::cell_fwd")
     def _(cell, input, h, c, weights, packed, has_bias, save):
         batch, hidden, name = input.shape[0], weights[1].shape[1], CELLS[cell]
-        empty = input.new_empty
-        return (
-            empty(batch, hidden),
-            empty(batch, hidden) if name == "lstm" else empty(0),
-            empty(batch, max(_SAVED[name], 1) * _padded(hidden)) if save else empty(0),
-        )
+        columns = [hidden, hidden] if name == "lstm" else [hidden]
+        if save:
+            columns.append(max(_SAVED[name], 1) * _padded(hidden))
+        return [input.new_empty(batch, n) for n in columns]
 
     @torch.library.register_fake("seqattn::cell_bwd")
     def _(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights):
-        empty = input.new_empty
-        return (
-            torch.empty_like(input) if need_input else empty(0),
-            torch.empty_like(h) if h is not None else empty(0),
-            torch.empty_like(c) if c is not None else empty(0),
-            [torch.empty_like(w) for w in weights] if need_weights else [],
-        )
+        inputs = [input if need_input else None, h, c, *(weights if need_weights else ())]
+        return [torch.empty_like(t) for t in inputs if t is not None]
 
     @torch.library.register_fake("seqattn::recurrence_pack")
     def _(cell, weights, has_bias):
@@ -199,10 +193,10 @@ def recurrence(
     """
     input = _contiguous(input)
     h0, c0 = _contiguous(h0), _contiguous(c0)
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    weights = [_contiguous(w) for w in weights]
     if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
-        output, hn, cn, states, _ = RecurrenceFunction.apply(
-            cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
+        output, hn, cn, states, _ = apply_function(
+            RecurrenceFunction, cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
         )
     else:
         output, hn, cn, states, _ = torch.ops.seqattn.recurrence_fwd.default(
@@ -225,24 +219,22 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(cell, has_bias, input, h, c, *weights):
-        return torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, (), has_bias, True)
+        return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, (), has_bias, True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, has_bias, input, h, c, *weights = inputs
-        ctx.settings = cell, has_bias
-        ctx.save_for_backward(input, h, c, output[2], *weights)
+        ctx.settings = inputs[:2]
+        ctx.save_for_backward(*inputs[2:], output[-1])
         ctx.set_materialize_grads(False)
-        if cell == "lstm":
-            ctx.mark_non_differentiable(output[2])
-        else:
-            ctx.mark_non_differentiable(output[1], output[2])
+        ctx.mark_non_differentiable(output[-1])
 
     @staticmethod
-    def backward(ctx, d_h_new, d_c_new, _):
+    def backward(ctx, d_h_new, d_c_new, _=None):
         cell, has_bias = ctx.settings
-        input, h, c, reserve, *weights = ctx.saved_tensors
+        input, h, c, *weights, reserve = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if cell != "lstm":
+            d_c_new = None
         if d_h_new is None and d_c_new is None:
             return (None,) * (5 + len(weights))
         if torch.is_grad_enabled():
@@ -251,17 +243,19 @@ class CellFunction(torch.autograd.Function):
             outputs = reference.recurrence.cell_step(cell, input, zeros if h is None else h, c_in, weights, has_bias)
             inputs = input, h, c, *weights
             return None, None, *_differentiable_gradients(outputs, inputs, needs[2:], (d_h_new, d_c_new))
-        d_input, d_h, d_c, d_weights = torch.ops.seqattn.cell_bwd.default(
+        need_weights = any(needs[5:])
+        found = torch.ops.seqattn.cell_bwd.default(
             _NUMBER[cell], input, h, c, weights, has_bias, reserve, _contiguous(d_h_new), _contiguous(d_c_new),
-            needs[2], any(needs[5:]),
+            needs[2], need_weights,
         )  # fmt: skip
+        gradients = iter(found)
         return (
             None,
             None,
-            d_input if needs[2] else None,
-            d_h if needs[3] else None,
-            d_c if needs[4] else None,
-            *(d_weights or (None,) * len(weights)),
+            next(gradients) if needs[2] else None,
+            None if h is None else next(gradients),
+            None if c is None else next(gradients),
+            *(gradients if need_weights else (None,) * len(weights)),
         )
 
 
@@ -273,14 +267,10 @@ def cell_step(
     weights: Sequence[Tensor],
     has_bias: bool,
     packed: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor | None]:
-    """One step: input [B, I], h, c [B, H] or None -> h', c' (None without a cell state)."""
+) -> Sequence[Tensor]:
+    """One step: input [B, I], h, c [B, H] or None -> h' and, of a cell that has one, c'."""
     input, h, c = _contiguous(input), _contiguous(h), _contiguous(c)
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    weights = [_contiguous(w) for w in weights]
     if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
-        h_new, c_new, _ = CellFunction.apply(cell, has_bias, input, h, c, *weights)
-    else:
-        h_new, c_new, _ = torch.ops.seqattn.cell_fwd.default(
-            _NUMBER[cell], input, h, c, weights, packed, has_bias, False
-        )
-    return h_new, c_new if cell == "lstm" else None
+        return apply_function(CellFunction, cell, has_bias, input, h, c, *weights)[:-1]
+    return torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False)
