@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Where stock's mean error is this share of the values' own mean size, neither result has digits left to compare.
 NO_DIGITS = 1e-2
-SEEDS = (0, 1, 2)
+# Draws of inputs and weights: more where one has few elements, or the largest error is a matter of chance.
+SEEDS, SEEDS_OF_SHORT, SHORT = 3, 24, 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _findings(case: Any, condition: Condition) -> Iterator[Finding]:
     stock: list[Named] = []
     oracle: list[Named] = []
     with torch.set_grad_enabled(case.mode.has_gradients):
-        for seed in SEEDS:
+        for seed in range(SEEDS_OF_SHORT if case.shape["T"] < SHORT else SEEDS):
             problem = build(case, seed)
             _strain(problem, condition)
             mine, theirs = (problem.outcome(m, problem.call(m)) for m in (problem.ours(), problem.stock()))
