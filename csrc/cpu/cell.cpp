@@ -42,12 +42,6 @@ StepProblem<T> read(const CellInfo& cell, const Tensor& input, const std::option
   }
   if (h) check_tensor("h", *h, dtype_of<T>(), {p.batch, p.sizes.hidden});
   if (c) check_tensor("c", *c, dtype_of<T>(), {p.batch, p.sizes.hidden});
-  for (const Tensor& t : weights) {
-    if (!t.is_contiguous()) fail("weights: expected contiguous tensors");
-  }
-  if (!input.is_contiguous() || (h && !h->is_contiguous()) || (c && !c->is_contiguous())) {
-    fail("input, h, c: expected contiguous tensors");
-  }
   p.x = input.const_data_ptr<T>();
   p.h = data<T>(h);
   p.c = data<T>(c);
@@ -117,9 +111,7 @@ std::vector<Tensor> backward(int64_t number, const Tensor& input,
   const int64_t B = p.batch, H = p.sizes.hidden;
   check_tensor("reserve", reserve, dtype_of<T>(), {B, step_reserved(cell.saved) * padded(H)});
   for (const auto* t : {&d_h, &d_c}) {
-    if (!*t) continue;
-    check_tensor("gradient", **t, dtype_of<T>(), {B, H});
-    if (!(*t)->is_contiguous()) fail("gradients: expected contiguous tensors");
+    if (*t) check_tensor("gradient", **t, dtype_of<T>(), {B, H});
   }
   std::vector<Tensor> results;
   results.reserve(3 + weights.size());
@@ -147,9 +139,21 @@ std::vector<Tensor> backward(int64_t number, const Tensor& input,
   return results;
 }
 
+void make_contiguous(Tensor* t) {
+  if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
+}
+
+void make_contiguous(std::optional<Tensor>* t) {
+  if (*t) make_contiguous(&**t);
+}
+
 std::vector<Tensor> cell_fwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h,
                                                 std::optional<Tensor> c, std::vector<Tensor> weights,
                                                 std::vector<Tensor> packed, bool has_bias, bool save) {
+  make_contiguous(&input);
+  make_contiguous(&h);
+  make_contiguous(&c);
+  for (Tensor& w : weights) make_contiguous(&w);
   return with_dtype(
       input, [&](auto t) { return forward<decltype(t)>(cell, input, h, c, weights, packed, has_bias, save); });
 }
@@ -158,6 +162,9 @@ std::vector<Tensor> cell_bwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> h, std::optional<Tensor> c, std::vector<Tensor> weights,
     bool has_bias, Tensor reserve, std::optional<Tensor> d_h, std::optional<Tensor> d_c, bool need_input,
     bool need_weights) {
+  for (Tensor* t : {&input, &reserve}) make_contiguous(t);
+  for (std::optional<Tensor>* t : {&h, &c, &d_h, &d_c}) make_contiguous(t);
+  for (Tensor& w : weights) make_contiguous(&w);
   return with_dtype(input, [&](auto t) {
     return backward<decltype(t)>(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights);
   });

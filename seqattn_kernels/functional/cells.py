@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.recurrence import _autocasts, _check_tensor, _rnn_cell_name, _widen
 from seqattn_kernels.reference.recurrence import GATES
 
@@ -81,6 +81,42 @@ def _state(name: str, state: Any, input: Tensor, hidden: int) -> Tensor | None:
 
 
 def _run(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    packed_weights: Sequence[Tensor] | None,
+    backend: str | None,
+) -> tuple[Tensor, Any]:
+    if _is_plain(input, backend):
+        # A step is a few microseconds: the operator's own checks serve here, and say it less well than those below.
+        weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+        try:
+            states = ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
+        except (RuntimeError, TypeError, AttributeError):
+            pass
+        else:
+            return states if len(states) == 2 else (states[0], None)  # type: ignore[return-value]
+    return _run_checked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
+
+
+def _is_plain(input: Any, backend: str | None) -> bool:
+    return (
+        backend is None
+        and native.extension is not None
+        and isinstance(input, Tensor)
+        and input.is_cpu
+        and input.dim() == 2
+        and input.dtype in (torch.float32, torch.float64)
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _run_checked(
     cell: str,
     input: Tensor,
     h: Tensor | None,

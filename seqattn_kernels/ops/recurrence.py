@@ -245,9 +245,8 @@ class CellFunction(torch.autograd.Function):
             return None, None, *_differentiable_gradients(outputs, inputs, needs[2:], (d_h_new, d_c_new))
         need_weights = any(needs[5:])
         found = torch.ops.seqattn.cell_bwd.default(
-            _NUMBER[cell], input, h, c, weights, has_bias, reserve, _contiguous(d_h_new), _contiguous(d_c_new),
-            needs[2], need_weights,
-        )  # fmt: skip
+            _NUMBER[cell], input, h, c, weights, has_bias, reserve, d_h_new, d_c_new, needs[2], need_weights
+        )
         gradients = iter(found)
         return (
             None,
@@ -269,8 +268,6 @@ def cell_step(
     packed: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """One step: input [B, I], h, c [B, H] or None -> h' and, of a cell that has one, c'."""
-    input, h, c = _contiguous(input), _contiguous(h), _contiguous(c)
-    weights = [_contiguous(w) for w in weights]
     if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
         return apply_function(CellFunction, cell, has_bias, input, h, c, *weights)[:-1]
     return torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False)
