@@ -136,7 +136,9 @@ def _run_checked(
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     dtype = input.dtype
     if _autocasts(input):
-        dtype = torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
+        dtype = (
+            torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
+        )
         input, h, c = _widen(input), _widen(h), _widen(c)
         weights = [_widen(w) for w in weights]
     if input.shape[-1] != w_ih.shape[1]:

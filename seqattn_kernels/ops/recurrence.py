@@ -114,18 +114,20 @@ class RecurrenceFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, has_bias, layout, _, input, sizes, h0, c0, *weights = inputs
-        ctx.settings = cell, has_bias, layout
+        cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights = inputs
+        ctx.settings = cell, has_bias, layout, cell_states
         ctx.save_for_backward(input, sizes, h0, c0, output[4], *weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in output[2:] if t.dim() == 1), output[4])
 
     @staticmethod
     def backward(ctx, d_output, d_hn, d_cn, d_states, _):
-        cell, has_bias, layout = ctx.settings
+        cell, has_bias, layout, cell_states = ctx.settings
         input, sizes, h0, c0, reserve, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        gradients = d_output, d_hn, d_cn, d_states
+        # torch.compile passes zeros for results that the cell doesn't have.
+        has_cell = cell == "lstm"
+        gradients = d_output, d_hn, d_cn if has_cell else None, d_states if has_cell and cell_states else None
         if all(g is None for g in gradients):
             return (None,) * (8 + len(weights))
         if torch.is_grad_enabled():
@@ -213,7 +215,6 @@ def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool) -> lis
     return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias)
 
 
-
 class CellFunction(torch.autograd.Function):
     """One step with gradients; as with sequences, the results are not saved and may be changed in place."""
 
@@ -270,4 +271,4 @@ def cell_step(
     """One step: input [B, I], h, c [B, H] or None -> h' and, of a cell that has one, c'."""
     if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
         return apply_function(CellFunction, cell, has_bias, input, h, c, *weights)[:-1]
-    return torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False)
+    return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False))
