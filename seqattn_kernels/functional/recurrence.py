@@ -307,7 +307,9 @@ def _run(
         sizes = sizes.contiguous()
 
     per_layer = len(weights) // num_layers
-    finals, final_cells, states = [], [], None
+    finals: list[Tensor] = []
+    final_cells: list[Any] = []
+    states = None
     kind = layout.kind
     dropping = training and dropout > 0 and num_layers > 1
     if dropping and kind == BATCH_FIRST:

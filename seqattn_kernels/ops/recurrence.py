@@ -41,10 +41,7 @@ def _register_fakes() -> None:
         D, hidden, output = _geometry(name, input, layout, sizes, weights, has_bias)
         if layout == PACKED:
             rows = input.shape[0]
-            if h0 is not None:
-                batch = h0.shape[1]
-            else:
-                batch = torch.library.get_ctx().new_dynamic_size()
+            batch = h0.shape[1] if h0 is not None else torch.library.get_ctx().new_dynamic_size()
         else:
             batch = input.shape[0] if layout == BATCH_FIRST else input.shape[1]
             rows = input.shape[0] * input.shape[1]
@@ -152,7 +149,7 @@ class RecurrenceFunction(torch.autograd.Function):
 
 
 def _differentiable_gradients(outputs, inputs, needs, gradients):
-    """Gradients that can be differentiated again: of the reference's outputs with respect to the inputs that need it."""
+    """Gradients of the reference's outputs, to the inputs that need them, that can be differentiated again."""
     pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out is not None and grad is not None]
     chosen = [i for i, need in enumerate(needs) if need]
     found = torch.autograd.grad(
@@ -193,9 +190,8 @@ def recurrence(
 
     `packed`: what `pack_recurrence` made of these very weights, or empty.
     """
-    input = _contiguous(input)
-    h0, c0 = _contiguous(h0), _contiguous(c0)
-    weights = [_contiguous(w) for w in weights]
+    input, h0, c0 = input.contiguous(), _contiguous(h0), _contiguous(c0)
+    weights = [w.contiguous() for w in weights]
     if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
         output, hn, cn, states, _ = apply_function(
             RecurrenceFunction, cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
