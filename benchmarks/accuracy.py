@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Where stock's mean error is this share of the values' own mean size, neither result has digits left to compare.
 NO_DIGITS = 1e-2
-SEEDS = (0, 1, 2)
+# Draws of inputs and weights: more where one has few elements, or the largest error is a matter of chance.
+SEEDS, SEEDS_OF_SHORT, SHORT = 3, 24, 20
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,29 @@ def _findings(case: Any, condition: Condition) -> Iterator[Finding]:
     stock: list[Named] = []
     oracle: list[Named] = []
     with torch.set_grad_enabled(case.mode.has_gradients):
-        for seed in SEEDS:
+        for seed in range(SEEDS_OF_SHORT if case.shape["T"] < SHORT else SEEDS):
             problem = build(case, seed)
             _strain(problem, condition)
-            for found, module in ((ours, problem.ours()), (stock, problem.stock())):
-                found.append(problem.outcome(module, problem.call(module)))
+            mine, theirs = (problem.outcome(m, problem.call(m)) for m in (problem.ours(), problem.stock()))
+            if case.kind == "rnn_relu" and (_flips(mine, problem.oracle) or _flips(theirs, problem.oracle)):
+                continue
+            ours.append(mine)
+            stock.append(theirs)
             oracle.append(problem.oracle)
+    if not oracle:
+        return
     for index, (name, _) in enumerate(oracle[0]):
         if case.mode.has_gradients and not name.startswith("gradient"):
             continue  # the forward of training is that of the other mode
-        mine, theirs, expected = (_pool(runs, index) for runs in (ours, stock, oracle))
-        errors = error_ratio(mine, theirs, expected)
+        expected = _pool(oracle, index)
+        errors = error_ratio(_pool(ours, index), _pool(stock, index), expected)
         judged = _has_digits(errors, expected)
         yield Finding(case.operator, condition.name, dict(case.shape), name, asdict(errors), judged, errors.within_bars)
+
+
+def _flips(found: Named, oracle: Named) -> bool:
+    """Whether rounding switched some unit of a relu on or off: its gradient is then another number altogether."""
+    return bool(((found[0][1] > 0) != (oracle[0][1] > 0)).any())
 
 
 def _pool(runs: Sequence[Named], index: int) -> Any:

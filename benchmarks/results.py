@@ -21,7 +21,7 @@ class Contestant:
     name: str
     version: str | None = None
     missing: str | None = None  # why it did not take part
-    failure: str | None = None  # what its results got wrong; such a contestant gets no time
+    failure: str | None = None  # what its results got wrong; none but stock gets a time then
     milliseconds: float | None = None  # median
     quantile_20: float | None = None
     quantile_80: float | None = None

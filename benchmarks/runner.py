@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 import math
@@ -71,7 +72,7 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
     finally:
         torch.set_num_threads(before)
     contestants = [
-        _figures(name, case, outcome, threads)
+        dataclasses.replace(_figures(name, case, outcome, threads), failure=failed.get(name))
         if outcome is not None and name in outcome.timings
         else Contestant(name, _version(name), missing=absent.get(name), failure=failed.get(name))
         for name in (STOCK, *case.contestants)
@@ -125,11 +126,13 @@ def _qualify(
             entry = peer.prepare(problem, stack)
             failure = check(entry, problem)
         except Exception as error:  # one that breaks is reported by name; the others are still measured
-            failure = f"{type(error).__name__}: {error}".removesuffix(": ")
-        if failure is None:
-            calls[name] = entry.call
-        else:
+            failed[name] = f"{type(error).__name__}: {error}".removesuffix(": ")
+            continue
+        if failure is not None:
             failed[name] = failure
+        # Stock is what the others are compared with: where it is past the tolerance itself, that is noted only.
+        if failure is None or name == STOCK:
+            calls[name] = entry.call
     return calls, absent, failed
 
 

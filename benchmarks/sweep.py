@@ -257,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.fresh:
         kept.unlink(missing_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
     found = list(
         track(run(chosen, kept, options.seconds, options.budget), total=len(chosen), console=console, transient=True)
     )

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -26,15 +27,14 @@ template <class... Parts>
   throw std::runtime_error(out.str());
 }
 
-// `t` must be a contiguous-in-its-last-dimension CPU tensor of this dtype and shape (-1: any size).
+// `t` must be a CPU tensor of this dtype and shape (-1: any size) whose last dimension has stride 1.
 inline void check_tensor(const char* name, const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype,
-                         const std::vector<int64_t>& shape) {
-  bool same = t.dim() == int64_t(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || t.size(int64_t(i)) == shape[i];
+                         const int64_t* shape, int64_t rank) {
+  bool same = t.dim() == rank;
+  for (int64_t i = 0; same && i < rank; ++i) same = shape[i] < 0 || t.size(i) == shape[i];
   if (!same) {
     std::ostringstream expected;
-    expected << '[';
-    for (size_t i = 0; i < shape.size(); ++i) {
+    for (int64_t i = 0; i < rank; ++i) {
       if (i) expected << ", ";
       if (shape[i] < 0) {
         expected << '*';
@@ -42,11 +42,21 @@ inline void check_tensor(const char* name, const torch::stable::Tensor& t, torch
         expected << shape[i];
       }
     }
-    fail(name, ": expected shape ", expected.str(), "], got ", shape_of(t));
+    fail(name, ": expected shape [", expected.str(), "], got ", shape_of(t));
   }
   if (t.scalar_type() != dtype) fail(name, ": expected the dtype of the input, got another one");
   if (!t.is_cpu()) fail(name, ": expected a CPU tensor");
-  if (t.dim() && t.size(-1) > 1 && t.stride(-1) != 1) fail(name, ": expected a last dimension of stride 1");
+  if (rank && t.size(-1) > 1 && t.stride(-1) != 1) fail(name, ": expected a last dimension of stride 1");
+}
+
+inline void check_tensor(const char* name, const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  check_tensor(name, t, dtype, shape.begin(), int64_t(shape.size()));
+}
+
+inline void check_tensor(const char* name, const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype,
+                         const std::vector<int64_t>& shape) {
+  check_tensor(name, t, dtype, shape.data(), int64_t(shape.size()));
 }
 
 }  // namespace seqattn

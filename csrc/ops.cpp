@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
       "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
       "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
       "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // One step of a cell: input [B, I], h and c [B, H] (None: zeros), weights w_ih, w_hh and, with has_bias, b_ih, b_hh.
+  // Results: h', then c' of a cell that has one, then with `save` what backward needs.
+  m.def(
+      "cell_fwd(int cell, Tensor input, Tensor? h, Tensor? c, Tensor[] weights, Tensor[] packed, bool has_bias, "
+      "bool save) -> Tensor[]");
+  // Results: gradients of input (need_input), h and c (where given) and the weights (need_weights), in this order.
+  m.def(
+      "cell_bwd(int cell, Tensor input, Tensor? h, Tensor? c, Tensor[] weights, bool has_bias, Tensor reserve, "
+      "Tensor? d_h, Tensor? d_c, bool need_input, bool need_weights) -> Tensor[]");
   // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged.
   m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias) -> Tensor[]");
   // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:

@@ -16,6 +16,7 @@ from benchmarks.cases import FMA_LIMIT, STOCK, SUITES, Bar, Case, Mode, ragged_l
 from benchmarks.peers import Entry, Peer, registry
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.problems import build
+from seqattn_kernels import native
 from tests.cases import KINDS
 
 SHAPE = {"B": 2, "T": 3, "I": 4, "H": 5}
@@ -111,6 +112,15 @@ def test_a_contestant_that_raises_is_named(stand_in):
     assert found.contestant(STOCK).milliseconds > 0
 
 
+def test_stock_past_the_tolerance_is_timed_and_noted(stand_in, monkeypatch):
+    stand_in(Stand())
+    monkeypatch.setattr(runner, "check", lambda entry, problem: "differs")
+    found = runner.run_case(case(), 1, QUICK)
+    assert found.contestant(STOCK).failure == found.contestant("ours").failure == "differs"
+    assert found.contestant(STOCK).milliseconds > 0
+    assert found.contestant("ours").milliseconds is None
+
+
 def test_a_contestant_not_installed_is_named(stand_in):
     stand_in(Stand(missing="nothing is installed"))
     assert runner.run_case(case(), 1, QUICK).contestant("ours").missing == "nothing is installed"
@@ -128,6 +138,8 @@ def test_names_are_unique_and_contestants_exist():
 def test_every_operator_has_a_case():
     operators = {case.operator for cases in SUITES.values() for case in cases}
     assert set(KINDS) <= operators
+    if native.extension is not None:
+        assert set(native.extension.cells()) <= operators
     scores = ("additive", "dot", "general", "concat", "feature")
     assert {f"{score}_attention" for score in scores} <= operators
     assert {"gru_cell", "lstm_cell", "rnn_tanh_cell"} <= operators

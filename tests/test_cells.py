@@ -217,7 +217,7 @@ def test_refuses_what_stock_refuses(kind, call):
     input, hx = draw(stock, 2)
     with pytest.raises((ValueError, RuntimeError, TypeError)):
         call(stock, input, hx)
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=r"(?i)expect|must|match|should"):
+    with pytest.raises((ValueError, TypeError), match=r": expected .* got "):
         call(ours(stock), input, hx)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import seqattn_kernels.nn as fast
+from seqattn_kernels import native
 from seqattn_kernels.accelerate import accelerate, restore
 from seqattn_kernels.nn import freeze, frozen, unfreeze
 from tests.cases import KINDS
@@ -68,6 +69,40 @@ def test_cells_compute_the_same(kind, batch):
         result = cell(input, state)
     double = tuple(s.double() for s in state) if isinstance(state, tuple) else state.double()
     assert_close_to_float64(result, stock.double()(input.double(), double))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"bias": False}, {"num_layers": 3, "bidirectional": True}], ids=str)
+def test_sequences_of_other_dtypes(kind, dtype, options):
+    module = accelerate(kind.stock(3, 17, **options)).to(dtype)
+    input = torch.randn(5, 2, 3, dtype=dtype)
+    expected = module(input)
+    with frozen(module), torch.no_grad():
+        assert_same_bits(module(input), expected)
+        lengths = torch.tensor([5, 2])
+        result = module(input, lengths=lengths)
+    assert_same_bits(result, module(input, lengths=lengths))
+
+
+def test_projections():
+    module = accelerate(nn.LSTM(3, 17, proj_size=5, num_layers=2))
+    input = torch.randn(5, 2, 3)
+    expected = module(input)
+    with frozen(module), torch.no_grad():
+        assert_same_bits(module(input), expected)
+
+
+@every_kind
+def test_without_the_native_kernels(kind, monkeypatch):
+    monkeypatch.setattr(native, "_why_not", "not compiled")
+    monkeypatch.setattr(native, "extension", None)
+    model = accelerate(Tagger(kind))
+    with frozen(model), torch.no_grad():
+        assert model.encoder._frozen.packed is None
+        assert_close_to_float64(model(tokens), copy.deepcopy(model).double()(tokens))
+        with change:
+            model.half()
 
 
 @every_kind

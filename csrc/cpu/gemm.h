@@ -22,14 +22,15 @@ constexpr int max_rows(int n) {
 namespace detail {
 
 template <class T, int M, int N, int U>
-SEQATTN_INLINE void accumulate(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end) {
+SEQATTN_INLINE void accumulate(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t ldb,
+                               int64_t k_begin, int64_t k_end) {
   constexpr int W = kLanes<T>;
   for (int64_t k = k_begin; k < k_end; k += U) {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       Vec<T> row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * (N * W) + n * W);
+      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * ldb + n * W);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const Vec<T> value = broadcast(a[m * lda + k + u]);
@@ -42,7 +43,7 @@ SEQATTN_INLINE void accumulate(Vec<T> (&acc)[M][N], const T* a, int64_t lda, con
 
 // Few accumulators leave the multipliers waiting for each other: U sets of them, summed at the end.
 template <class T, int M, int N, int U>
-SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t K) {
+SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
   constexpr int W = kLanes<T>;
   Vec<T> part[U][M][N] = {};
   int64_t k = 0;
@@ -51,7 +52,7 @@ SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t ld
     for (int u = 0; u < U; ++u) {
       Vec<T> row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * (N * W) + n * W);
+      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * ldb + n * W);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const Vec<T> value = broadcast(a[m * lda + k + u]);
@@ -60,7 +61,7 @@ SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t ld
       }
     }
   }
-  accumulate<T, M, N, 1>(acc, a, lda, b, k, K);
+  accumulate<T, M, N, 1>(acc, a, lda, b, ldb, k, K);
 #pragma GCC unroll 8
   for (int step = 1; step < U; step *= 2) {
 #pragma GCC unroll 8
@@ -80,7 +81,7 @@ SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t ld
 }
 
 template <class T, int M, int N>
-void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, bool add) {
+void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, bool add) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[M][N];
 #pragma GCC unroll 12
@@ -90,9 +91,9 @@ void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, boo
   }
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
   if constexpr (U == 1) {
-    accumulate<T, M, N, 1>(acc, a, lda, b, 0, K);
+    accumulate<T, M, N, 1>(acc, a, lda, b, ldb, 0, K);
   } else {
-    accumulate_split<T, M, N, U>(acc, a, lda, b, K);
+    accumulate_split<T, M, N, U>(acc, a, lda, b, ldb, K);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
@@ -102,7 +103,7 @@ void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, boo
 }
 
 template <class T>
-using TileFunction = void (*)(T*, int64_t, const T*, int64_t, const T*, int64_t, bool);
+using TileFunction = void (*)(T*, int64_t, const T*, int64_t, const T*, int64_t, int64_t, bool);
 
 template <class T, int N, int... M>
 constexpr TileFunction<T> tile_of(int m, std::integer_sequence<int, M...>) {
@@ -127,15 +128,22 @@ inline detail::TileFunction<T> tile_function(int rows, int panel) {
   }
 }
 
-// C (+)= A B for any number of rows, cut into tiles of nearly equal height.
+// C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb.
 template <class T>
-inline void multiply_panel(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, int64_t rows, int panel,
-                           bool add) {
+inline void multiply_strided(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K,
+                             int64_t rows, int panel, bool add) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-    tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda, lda, b, K, add);
+    tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda, lda, b, ldb, K, add);
   }
+}
+
+// The same with B a packed panel.
+template <class T>
+inline void multiply_panel(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, int64_t rows, int panel,
+                           bool add) {
+  multiply_strided(c, ldc, a, lda, b, int64_t(panel) * kLanes<T>, K, rows, panel, add);
 }
 
 namespace detail {
@@ -166,6 +174,98 @@ SEQATTN_INLINE void transpose_registers(Vec<T> (&r)[kLanes<T>]) {
   }
 }
 }  // namespace detail
+
+// One of the products summed by dot_block: a[m][K] with w[u][K], both with k contiguous.
+template <class T>
+struct DotProduct {
+  const T* a;
+  int64_t lda;
+  const T* w;
+  int64_t K;
+};
+
+inline constexpr int kDotRows = kRegisters == 32 ? 4 : 2;
+
+namespace detail {
+template <class T, int M, int N>
+SEQATTN_INLINE void dot_tile(Vec<T> (&acc)[M][N], const DotProduct<T>& p, const T* w) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= p.K; k += W) {
+    Vec<T> row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load(w + n * p.K + k);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> value = load(p.a + m * p.lda + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m][n] += value * row[n];
+    }
+  }
+  if (k == p.K) return;
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    const Vec<T> value = load_partial(p.a + m * p.lda + k, p.K - k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[m][n] += value * load_partial(w + n * p.K + k, p.K - k);
+  }
+}
+
+template <class T, int M>
+void dot_block(T* out, int64_t ldo, const DotProduct<T>* products, int count, int64_t units) {
+  constexpr int W = kLanes<T>, kWish = M == 1 ? 8 : 4, N = W < kWish ? W : kWish;
+  Vec<T> sums[M][W] = {};
+  int64_t u = 0;
+  for (; u + N <= units; u += N) {
+    Vec<T> acc[M][N] = {};
+    for (int i = 0; i < count; ++i) dot_tile<T, M, N>(acc, products[i], products[i].w + u * products[i].K);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[m][u + n] = acc[m][n];
+    }
+  }
+  for (; u < units; ++u) {
+    Vec<T> acc[M][1] = {};
+    for (int i = 0; i < count; ++i) dot_tile<T, M, 1>(acc, products[i], products[i].w + u * products[i].K);
+    for (int m = 0; m < M; ++m) sums[m][u] = acc[m][0];
+  }
+  for (int m = 0; m < M; ++m) {
+    transpose_registers<T>(sums[m]);
+    Vec<T> total = load(out + m * ldo);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) total += sums[m][i];
+    store(out + m * ldo, total);
+  }
+}
+}  // namespace detail
+
+// out[m][u] += the products' sums over k, for `rows` rows m and up to a vector of units u, straight from row-major
+// weights: for few rows that is quicker than packing them first.
+template <class T>
+inline void multiply_dots(T* out, int64_t ldo, const DotProduct<T>* products, int count, int64_t rows, int64_t units) {
+  DotProduct<T> at[2];
+  for (int64_t m = 0; m < rows; m += kDotRows) {
+    for (int i = 0; i < count; ++i) {
+      at[i] = products[i];
+      at[i].a += m * at[i].lda;
+    }
+    T* o = out + m * ldo;
+    switch (rows - m < kDotRows ? rows - m : kDotRows) {
+      case 1:
+        detail::dot_block<T, 1>(o, ldo, at, count, units);
+        break;
+      case 2:
+        detail::dot_block<T, 2>(o, ldo, at, count, units);
+        break;
+      case 3:
+        detail::dot_block<T, 3>(o, ldo, at, count, units);
+        break;
+      default:
+        detail::dot_block<T, 4>(o, ldo, at, count, units);
+    }
+  }
+}
 
 // out[j * ldout + i] = in[i * ldin + j] for i < rows <= lanes, j < columns; out rows get zeros for i in [rows, lanes).
 template <class T>

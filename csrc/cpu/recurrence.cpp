@@ -11,30 +11,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../cells/registry.h"
-#include "../checks.h"
+#include "launch.h"
 #include "workspace.h"
 
 namespace seqattn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-struct CellInfo {
-  const char* name;
-  int gates, slots, saved;
-  bool has_cell;
-};
-
-#define SEQATTN_INFO(Cell) {Cell::kName, Cell::kGates, Cell::kSlots, Cell::kSaved, Cell::kHasCell},
-constexpr CellInfo kCells[] = {SEQATTN_FOR_EACH_CELL(SEQATTN_INFO)};
-#undef SEQATTN_INFO
-
-const CellInfo& cell_info(int64_t cell) {
-  if (cell < 0 || cell >= int64_t(std::size(kCells))) fail("cell: expected a number of the registry, got ", cell);
-  return kCells[cell];
-}
 
 enum Layout : int64_t { kTimeMajor = 0, kBatchFirst = 1, kPacked = 2 };
 
@@ -140,11 +121,6 @@ class RowPlan {
 };
 
 template <class T>
-constexpr ScalarType dtype_of() {
-  return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-}
-
-template <class T>
 const RecurrenceKernels<T>& kernels() {
   const RecurrenceTable& table = SEQATTN_KERNELS(recurrence_kernels);
   if constexpr (sizeof(T) == 4) {
@@ -152,11 +128,6 @@ const RecurrenceKernels<T>& kernels() {
   } else {
     return table.f64;
   }
-}
-
-template <class T>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
 }
 
 // Checks the weights of every direction against the input and fills in their pointers and the sizes.
@@ -394,19 +365,6 @@ std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, boo
     run_gang(int(torch::stable::get_num_threads()), [&](Gang& gang) { k.pack(int(number), sizes, d, gang); });
   }
   return packed;
-}
-
-// Calls f with a value of the tensor's type.
-template <class F>
-auto with_dtype(const Tensor& t, F&& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(float());
-    case ScalarType::Double:
-      return f(double());
-    default:
-      fail("input: expected float32 or float64, got another dtype");
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd_cpu(

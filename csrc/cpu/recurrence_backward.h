@@ -152,6 +152,12 @@ class BackwardDirection {
                   sizes_.output, first * W, sizes_.hidden, n);
       }
     }
+    // The products below run over padded units: what no vector covers must not hold leftovers.
+    const int64_t width = padded(sizes_.hidden), covered = vectors_of<T>(sizes_.hidden) * W;
+    gang_.share(covered < width ? s_.block : 0, &begin, &end);
+    for (int64_t r = begin; r < end; ++r) {
+      for (int s = 0; s < Cell::kSlots; ++s) set_row(s_.grad + r * s_.ld_grad + s * width + covered, nullptr, 0, width - covered);
+    }
     gang_.share(rows_.batch, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = rows_.batch_index[i];

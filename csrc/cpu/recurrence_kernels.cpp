@@ -1,21 +1,10 @@
 // The recurrence kernels of one instruction set.
-#include "../cells/registry.h"
 #include "recurrence_backward.h"
 #include "recurrence_forward.h"
+#include "with_cell.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
-
-// Calls run(cell) with the cell of this number, in the order of the registry.
-template <class F>
-auto with_cell(int number, F&& run) {
-  int i = 0;
-#define SEQATTN_CASE(Cell) \
-  if (number == i++) return run(Cell());
-  SEQATTN_FOR_EACH_CELL(SEQATTN_CASE)
-#undef SEQATTN_CASE
-  __builtin_unreachable();
-}
 
 template <class T>
 constexpr RecurrenceKernels<T> kernels() {

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     name="seqattn",
@@ -64,7 +65,7 @@ def run_compare(
     try:
         comparison = compare_models(factory, train=train, seconds=seconds, console=console)
     except FactoryError as error:
-        Console(stderr=True).print(f"[bold red]seqattn compare:[/] {error}", highlight=False, markup=True)
+        Console(stderr=True).print(f"[bold red]seqattn compare:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from None
     show(comparison, console)
     if json is not None:
@@ -87,7 +88,7 @@ def run_demo(
 
         status = run(full=full, output=output)
     except ImportError as error:
-        Console(stderr=True).print(f"[bold red]seqattn demo:[/] {error}", highlight=False, markup=False)
+        Console(stderr=True).print(f"[bold red]seqattn demo:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from None
     raise typer.Exit(status)
 
@@ -102,7 +103,7 @@ def run_bench(context: typer.Context) -> None:
         from benchmarks.run import main as run
     except ModuleNotFoundError as error:
         message = f"the benchmarks are part of a checkout, not of an installed package ({error})"
-        Console(stderr=True).print(f"[bold red]seqattn bench:[/] {message}", highlight=False)
+        Console(stderr=True).print(f"[bold red]seqattn bench:[/] {escape(message)}", highlight=False)
         raise typer.Exit(2) from None
     raise typer.Exit(run(context.args) or 0)
 

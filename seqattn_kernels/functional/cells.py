@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.recurrence import _autocasts, _check_tensor, _rnn_cell_name, _widen
 from seqattn_kernels.reference.recurrence import GATES
 
@@ -92,6 +92,42 @@ def _run(
     packed_weights: Sequence[Tensor] | None,
     backend: str | None,
 ) -> tuple[Tensor, Any]:
+    if _is_plain(input, backend):
+        # A step is a few microseconds: the operator's own checks serve here, and say it less well than those below.
+        weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+        try:
+            states = ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
+        except (RuntimeError, TypeError, AttributeError):
+            pass
+        else:
+            return states if len(states) == 2 else (states[0], None)  # type: ignore[return-value]
+    return _run_checked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
+
+
+def _is_plain(input: Any, backend: str | None) -> bool:
+    return (
+        backend is None
+        and native.extension is not None
+        and isinstance(input, Tensor)
+        and input.is_cpu
+        and input.dim() == 2
+        and input.dtype in (torch.float32, torch.float64)
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _run_checked(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    packed_weights: Sequence[Tensor] | None,
+    backend: str | None,
+) -> tuple[Tensor, Any]:
     _check_tensor("input", input)
     if input.dim() not in (1, 2):
         raise ValueError(f"input: expected [B, I] or [I], got {list(input.shape)}")
@@ -100,7 +136,9 @@ def _run(
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     dtype = input.dtype
     if _autocasts(input):
-        dtype = torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
+        dtype = (
+            torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
+        )
         input, h, c = _widen(input), _widen(h), _widen(c)
         weights = [_widen(w) for w in weights]
     if input.shape[-1] != w_ih.shape[1]:
@@ -121,14 +159,15 @@ def _run(
     if name == "cpu":
         if x.dtype not in (torch.float32, torch.float64):
             x, h, c, weights = _widen(x), _widen(h), _widen(c), [_widen(w) for w in weights]
-        h_new, c_new = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
+        states = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
+        h_new, c_new = states if cell == "lstm" else (states[0], None)
     elif name == "torch":
         zeros = x.new_zeros(x.shape[0], hidden)
-        states: Any = zeros if h is None else h
+        hx: Any = zeros if h is None else h
         if cell == "lstm":
-            states = (states, zeros if c is None else c)
+            hx = (hx, zeros if c is None else c)
         biases = weights[2:] or (None, None)
-        result = getattr(torch._VF, f"{cell}_cell")(x, states, w_ih, w_hh, *biases)
+        result = getattr(torch._VF, f"{cell}_cell")(x, hx, w_ih, w_hh, *biases)
         h_new, c_new = result if cell == "lstm" else (result, None)
     else:
         zeros = x.new_zeros(x.shape[0], hidden)

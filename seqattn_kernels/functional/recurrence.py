@@ -134,9 +134,7 @@ def pack_weights(
         return None
     per_layer = len(weights) // num_layers
     return [
-        ops.recurrence.pack_recurrence(
-            cell, [_widen(w) for w in weights[i * per_layer : (i + 1) * per_layer]], bias
-        )
+        ops.recurrence.pack_recurrence(cell, [_widen(w) for w in weights[i * per_layer : (i + 1) * per_layer]], bias)
         for i in range(num_layers)
     ]
 
@@ -266,7 +264,9 @@ def _run(
     if _autocasts(data):
         # Computed in float32, which is more than torch does; only the dtype of the results follows torch.
         given = hx if isinstance(hx, Tensor) else None
-        dtype = (data if given is None else given).dtype if cell == "gru" else torch.get_autocast_dtype(data.device.type)
+        dtype = (
+            (data if given is None else given).dtype if cell == "gru" else torch.get_autocast_dtype(data.device.type)
+        )
         data = layout.data = _widen(data)
         weights = [_widen(w) for w in weights]
         if hx is not None:
@@ -284,7 +284,9 @@ def _run(
         else:
             h0 = layout.states_in("hx", hx, num_layers * directions, hidden)
 
-    extras = "lengths=" if lengths is not None else "return_all_states=" if return_all_states and cell == "lstm" else None
+    extras = (
+        "lengths=" if lengths is not None else "return_all_states=" if return_all_states and cell == "lstm" else None
+    )
     rows = data.shape[0] if layout.packed else data.shape[0] * data.shape[1]
     training_step = torch.is_grad_enabled() and (data.requires_grad or any(w.requires_grad for w in weights))
     request = backends.Request(cell, data.device, data.dtype, rows, layout.batch, hidden, training_step, extras)
@@ -305,7 +307,9 @@ def _run(
         sizes = sizes.contiguous()
 
     per_layer = len(weights) // num_layers
-    finals, final_cells, states = [], [], None
+    finals: list[Tensor] = []
+    final_cells: list[Any] = []
+    states = None
     kind = layout.kind
     dropping = training and dropout > 0 and num_layers > 1
     if dropping and kind == BATCH_FIRST:

@@ -6,6 +6,7 @@ As in ``recurrent.py`` no attribute is added, so that an instance built by torch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,24 @@ class _Cell(Freezable, RNNCellBase):
     def _weight_names(self) -> Sequence[str]:
         return "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
+    def _kind(self) -> str:
+        """What `functional.pack_weights` calls the cell."""
+        raise NotImplementedError
+
+    def _pack_weights(self, weights: Sequence[Tensor | None]) -> Any:
+        given = [weight for weight in weights if weight is not None]
+        packed = functional.pack_weights(self._kind(), given, bias=len(given) == 4)
+        return None if packed is None else packed[0]
+
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell``, faster: the same arguments, parameters, results and state dict.
 
     ``forward(input, (h, c)=None)`` with input [B, I] or [I] returns ``h, c``, each [B, H] or [H].
     """
+
+    def _kind(self) -> str:
+        return "lstm"
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         weights, packed_weights = self._weights()
@@ -39,6 +52,9 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     ``forward(input, h=None)`` with input [B, I] or [I] returns the next h, [B, H] or [H].
     """
 
+    def _kind(self) -> str:
+        return "gru"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         weights, packed_weights = self._weights()
         return functional.gru_cell(input, hx, *weights, packed_weights=packed_weights)
@@ -49,6 +65,9 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     ``forward(input, h=None)`` with input [B, I] or [I] returns the next h, [B, H] or [H].
     """
+
+    def _kind(self) -> str:
+        return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         weights, packed_weights = self._weights()

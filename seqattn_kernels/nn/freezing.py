@@ -56,7 +56,7 @@ class Frozen:
             "(or call unfreeze) before changing weights"
         )
 
-    def checked(self, module: Freezable) -> tuple[Sequence[Tensor | None], Any]:
+    def checked(self, module: Freezable) -> tuple[Sequence[Any], Any]:
         """The weights and their packed form, safe to use now."""
         self.check(module)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor, _, _ in self._kept):
@@ -101,7 +101,7 @@ class Freezable(nn.Module):
     def _pack_weights(self, weights: Sequence[Tensor | None]) -> Any:
         raise NotImplementedError
 
-    def _weights(self) -> tuple[Sequence[Tensor | None], Any]:
+    def _weights(self) -> tuple[Sequence[Any], Any]:
         """The weights to compute with, and their packed form where frozen."""
         if self._frozen is None:
             return self._read_weights(), None

@@ -37,6 +37,11 @@ class _Recurrent(Freezable, RNNBase):
     def _weight_names(self) -> Sequence[str]:
         return self._flat_weights_names
 
+    def _pack_weights(self, weights: Sequence[Any]) -> Any:
+        return functional.pack_weights(
+            self.mode.lower(), weights, num_layers=self.num_layers, bias=self.bias, bidirectional=self.bidirectional
+        )
+
 
 class LSTM(_Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM``, faster: the same arguments, parameters, results and state dict.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops.autograd import apply_function
 from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
@@ -40,10 +41,7 @@ def _register_fakes() -> None:
         D, hidden, output = _geometry(name, input, layout, sizes, weights, has_bias)
         if layout == PACKED:
             rows = input.shape[0]
-            if h0 is not None:
-                batch = h0.shape[1]
-            else:
-                batch = torch.library.get_ctx().new_dynamic_size()
+            batch = h0.shape[1] if h0 is not None else torch.library.get_ctx().new_dynamic_size()
         else:
             batch = input.shape[0] if layout == BATCH_FIRST else input.shape[1]
             rows = input.shape[0] * input.shape[1]
@@ -69,6 +67,19 @@ def _register_fakes() -> None:
             torch.empty_like(c0) if c0 is not None else empty(0),
             [torch.empty_like(w) for w in weights] if need_weights else [],
         )
+
+    @torch.library.register_fake("seqattn::cell_fwd")
+    def _(cell, input, h, c, weights, packed, has_bias, save):
+        batch, hidden, name = input.shape[0], weights[1].shape[1], CELLS[cell]
+        columns = [hidden, hidden] if name == "lstm" else [hidden]
+        if save:
+            columns.append(max(_SAVED[name], 1) * _padded(hidden))
+        return [input.new_empty(batch, n) for n in columns]
+
+    @torch.library.register_fake("seqattn::cell_bwd")
+    def _(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights):
+        inputs = [input if need_input else None, h, c, *(weights if need_weights else ())]
+        return [torch.empty_like(t) for t in inputs if t is not None]
 
     @torch.library.register_fake("seqattn::recurrence_pack")
     def _(cell, weights, has_bias):
@@ -100,23 +111,26 @@ class RecurrenceFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, has_bias, layout, _, input, sizes, h0, c0, *weights = inputs
-        ctx.settings = cell, has_bias, layout
+        cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights = inputs
+        ctx.settings = cell, has_bias, layout, cell_states
         ctx.save_for_backward(input, sizes, h0, c0, output[4], *weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in output[2:] if t.dim() == 1), output[4])
 
     @staticmethod
     def backward(ctx, d_output, d_hn, d_cn, d_states, _):
-        cell, has_bias, layout = ctx.settings
+        cell, has_bias, layout, cell_states = ctx.settings
         input, sizes, h0, c0, reserve, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        gradients = d_output, d_hn, d_cn, d_states
+        # torch.compile passes zeros for results that the cell doesn't have.
+        has_cell = cell == "lstm"
+        gradients = d_output, d_hn, d_cn if has_cell else None, d_states if has_cell and cell_states else None
         if all(g is None for g in gradients):
             return (None,) * (8 + len(weights))
         if torch.is_grad_enabled():
-            found = _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs[4:])
-            return None, None, None, None, *found
+            outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
+            inputs = input, sizes, h0, c0, *weights
+            return None, None, None, None, *_differentiable_gradients(outputs, inputs, needs[4:], gradients)
         d_input, d_h0, d_c0, d_weights = torch.ops.seqattn.recurrence_bwd.default(
             _NUMBER[cell], input, sizes, layout, h0, c0, weights, has_bias, reserve,
             *map(_contiguous, gradients), needs[4], any(needs[8:]),
@@ -134,12 +148,10 @@ class RecurrenceFunction(torch.autograd.Function):
         )
 
 
-def _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, gradients, needs):
-    """Gradients that can be differentiated again, through the reference."""
-    inputs = (input, sizes, h0, c0, *weights)
-    outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
-    chosen = [i for i, need in enumerate(needs) if need]
+def _differentiable_gradients(outputs, inputs, needs, gradients):
+    """Gradients of the reference's outputs, to the inputs that need them, that can be differentiated again."""
     pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out is not None and grad is not None]
+    chosen = [i for i, need in enumerate(needs) if need]
     found = torch.autograd.grad(
         [out for out, _ in pairs],
         [inputs[i] for i in chosen],
@@ -151,6 +163,15 @@ def _reference_gradients(cell, has_bias, layout, input, sizes, h0, c0, weights, 
     for i, gradient in zip(chosen, found, strict=True):
         results[i] = gradient
     return results
+
+
+def _any_requires_grad(input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    return (
+        input.requires_grad
+        or (h is not None and h.requires_grad)
+        or (c is not None and c.requires_grad)
+        or any(w.requires_grad for w in weights)
+    )
 
 
 def recurrence(
@@ -169,17 +190,11 @@ def recurrence(
 
     `packed`: what `pack_recurrence` made of these very weights, or empty.
     """
-    input = _contiguous(input)
-    h0, c0 = _contiguous(h0), _contiguous(c0)
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
-        or any(w.requires_grad for w in weights)
-    ):
-        output, hn, cn, states, _ = RecurrenceFunction.apply(
-            cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
+    input, h0, c0 = input.contiguous(), _contiguous(h0), _contiguous(c0)
+    weights = [w.contiguous() for w in weights]
+    if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
+        output, hn, cn, states, _ = apply_function(
+            RecurrenceFunction, cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
         )
     else:
         output, hn, cn, states, _ = torch.ops.seqattn.recurrence_fwd.default(
@@ -196,6 +211,50 @@ def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool) -> lis
     return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias)
 
 
+class CellFunction(torch.autograd.Function):
+    """One step with gradients; as with sequences, the results are not saved and may be changed in place."""
+
+    @staticmethod
+    def forward(cell, has_bias, input, h, c, *weights):
+        return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, (), has_bias, True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.settings = inputs[:2]
+        ctx.save_for_backward(*inputs[2:], output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+
+    @staticmethod
+    def backward(ctx, d_h_new, d_c_new, _=None):
+        cell, has_bias = ctx.settings
+        input, h, c, *weights, reserve = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if cell != "lstm":
+            d_c_new = None
+        if d_h_new is None and d_c_new is None:
+            return (None,) * (5 + len(weights))
+        if torch.is_grad_enabled():
+            zeros = input.new_zeros(len(input), weights[1].shape[1])
+            c_in = None if cell != "lstm" else zeros if c is None else c
+            outputs = reference.recurrence.cell_step(cell, input, zeros if h is None else h, c_in, weights, has_bias)
+            inputs = input, h, c, *weights
+            return None, None, *_differentiable_gradients(outputs, inputs, needs[2:], (d_h_new, d_c_new))
+        need_weights = any(needs[5:])
+        found = torch.ops.seqattn.cell_bwd.default(
+            _NUMBER[cell], input, h, c, weights, has_bias, reserve, d_h_new, d_c_new, needs[2], need_weights
+        )
+        gradients = iter(found)
+        return (
+            None,
+            None,
+            next(gradients) if needs[2] else None,
+            None if h is None else next(gradients),
+            None if c is None else next(gradients),
+            *(gradients if need_weights else (None,) * len(weights)),
+        )
+
+
 def cell_step(
     cell: str,
     input: Tensor,
@@ -204,9 +263,8 @@ def cell_step(
     weights: Sequence[Tensor],
     has_bias: bool,
     packed: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor | None]:
-    """One step: input [B, I], h, c [B, H] or None -> h', c'."""
-    h0 = None if h is None else h.unsqueeze(0)
-    c0 = None if c is None else c.unsqueeze(0)
-    _, h_n, c_n, _ = recurrence(cell, input.unsqueeze(0), None, 0, h0, c0, weights, has_bias, False, packed)
-    return h_n[0], None if c_n is None else c_n[0]
+) -> Sequence[Tensor]:
+    """One step: input [B, I], h, c [B, H] or None -> h' and, of a cell that has one, c'."""
+    if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
+        return apply_function(CellFunction, cell, has_bias, input, h, c, *weights)[:-1]
+    return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False))

@@ -7,6 +7,7 @@ read, and serve as the fallback, the oracle of the tests and the derivative of s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,20 @@ from torch.nn.functional import linear
 
 TIME_MAJOR, BATCH_FIRST, PACKED = 0, 1, 2
 
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh of one direction
 
-def rnn_tanh(x: Tensor, h: Tensor, c: None, weights: Sequence[Tensor | None]) -> tuple[Tensor, None]:
+
+def rnn_tanh(x: Tensor, h: Tensor, c: Any, weights: Weights) -> tuple[Tensor, None]:
     w_ih, w_hh, b_ih, b_hh = weights
     return torch.tanh(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)), None
 
 
-def rnn_relu(x: Tensor, h: Tensor, c: None, weights: Sequence[Tensor | None]) -> tuple[Tensor, None]:
+def rnn_relu(x: Tensor, h: Tensor, c: Any, weights: Weights) -> tuple[Tensor, None]:
     w_ih, w_hh, b_ih, b_hh = weights
     return torch.relu(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)), None
 
 
-def gru(x: Tensor, h: Tensor, c: None, weights: Sequence[Tensor | None]) -> tuple[Tensor, None]:
+def gru(x: Tensor, h: Tensor, c: Any, weights: Weights) -> tuple[Tensor, None]:
     w_ih, w_hh, b_ih, b_hh = weights
     x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, -1)
     h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, -1)
@@ -35,14 +38,14 @@ def gru(x: Tensor, h: Tensor, c: None, weights: Sequence[Tensor | None]) -> tupl
     return n + z * (h - n), None
 
 
-def lstm(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def lstm(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     w_ih, w_hh, b_ih, b_hh = weights
     i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-Cell = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor | None]], tuple[Tensor, Tensor | None]]
+Cell = Callable[[Tensor, Tensor, Any, Weights], tuple[Tensor, Tensor | None]]
 CELLS: dict[str, Cell] = {"rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "gru": gru, "lstm": lstm}
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
@@ -109,7 +112,7 @@ def recurrence(
                 valid = (lengths > t)[:, None]
                 h = torch.where(valid, h_new, h)
                 out[t] = torch.where(valid, h_new, torch.zeros_like(h_new))
-                c = None if c is None else torch.where(valid, c_new, c)
+                c = None if c is None or c_new is None else torch.where(valid, c_new, c)
             if c is not None:
                 states[t] = c if lengths is None else torch.where(valid, c, torch.zeros_like(c))
         outputs.append(torch.stack(out) if steps else x.new_zeros(0, batch, h.shape[-1]))
