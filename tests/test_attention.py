@@ -11,7 +11,15 @@ from torch import nn
 from seqattn_kernels import backends, functional, native, reference
 from seqattn_kernels.nn import AdditiveAttention, ConcatAttention, DotAttention, FeatureAttention, GeneralAttention
 from tests.cases import ATTENTIONS, DTYPES
-from tests.compare import TOLERANCE, assert_close_to_float64, assert_same_bits, error_ratio, gradients, oracle_of, to_float64
+from tests.compare import (
+    TOLERANCE,
+    assert_close_to_float64,
+    assert_same_bits,
+    error_ratio,
+    gradients,
+    oracle_of,
+    to_float64,
+)
 
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 NAN, INF = float("nan"), float("inf")
@@ -181,7 +189,8 @@ def test_fully_masked_rows_are_zero():
     mask = torch.ones(2, 3, 9, dtype=torch.bool)
     mask[1, 2] = False
     context, weights = attend(*tensors, mask=mask)
-    assert (context[1, 2] == 0).all() and (weights[1, 2] == 0).all()
+    assert (context[1, 2] == 0).all()
+    assert (weights[1, 2] == 0).all()
     assert_close_to_float64(weights.sum(-1)[0], torch.ones(3))
 
 
@@ -290,7 +299,7 @@ def test_changing_an_input_before_backward_raises():
 def ratios(size, v_size=1.0):
     """Errors of ours over those of stock, of results and gradients, over some seeds."""
     ours, stock, oracle = [], [], []
-    for seed in range(4):
+    for seed in range(6):
         torch.manual_seed(seed)
         tensors = inputs((2, 16, 90, 128, 64), size=size)
         with torch.no_grad():
@@ -302,7 +311,9 @@ def ratios(size, v_size=1.0):
         ):
             found = function(*arguments)
             runs.append([*found, *gradients(found, arguments)])
-    pooled = [[torch.cat([run[i].detach().flatten() for run in runs]) for i in range(6)] for runs in (ours, stock, oracle)]
+    pooled = [
+        [torch.cat([run[i].detach().flatten() for run in runs]) for i in range(6)] for runs in (ours, stock, oracle)
+    ]
     return [error_ratio(*each) for each in zip(*pooled, strict=True)]
 
 
@@ -435,13 +446,16 @@ def test_nothing_leaks_in_other_scores(kind):
     keys[1] = INF
     keys.requires_grad_()
     context, weights = other(kind, query, keys, keys, parameters, lengths=lengths)
-    assert context.isfinite().all() and weights.isfinite().all()
+    assert context.isfinite().all()
+    assert weights.isfinite().all()
     found = torch.autograd.grad(context.sum() + weights.square().sum(), [query, *parameters])
     assert all(g.isfinite().all() for g in found)
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([7, 0, 3])}, {"mask": torch.tensor([[True] * 3 + [False] * 4] * 3)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lengths": torch.tensor([7, 0, 3])}, {"mask": torch.tensor([[True] * 3 + [False] * 4] * 3)}]
+)
 def test_feature_attention(options, reduce):
     tensors = [torch.randn(3, 7, 5), torch.randn(5, 5), torch.randn(5)]
     for t in tensors:
@@ -481,7 +495,8 @@ def test_modules(index):
     module, Q, K = modules()[index]
     query, keys = torch.randn(3, 4, Q, requires_grad=True), torch.randn(3, 9, K)
     context, weights = module(query, keys, lengths=torch.tensor([9, 0, 4]))
-    assert context.shape == (3, 4, K) and weights.shape == (3, 4, 9)
+    assert context.shape == (3, 4, K)
+    assert weights.shape == (3, 4, 9)
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert_same_bits(again(query, keys)[0], module(query, keys)[0])
     wide = copy.deepcopy(module).double()
@@ -497,14 +512,15 @@ def test_modules_with_prepared_keys(index):
     query, keys = torch.randn(3, Q), torch.randn(3, 9, K)
     prepared = module.prepare_keys(keys)
     assert_close_to_float64(module(query, prepared, keys), module(query, keys))
-    with pytest.raises(ValueError, match="values: expected .* with prepared keys, got None"):
+    with pytest.raises(ValueError, match=r"values: expected .* with prepared keys, got None"):
         module(query, prepared)
 
 
 def test_feature_module():
     module = FeatureAttention(6, reduce=True)
     context, weights = module(torch.randn(2, 5, 6))
-    assert context.shape == (2, 6) and weights.shape == (2, 5, 6)
+    assert context.shape == (2, 6)
+    assert weights.shape == (2, 5, 6)
     assert set(module.state_dict()) == {"linear.weight", "linear.bias"}
 
 
@@ -535,9 +551,7 @@ def test_opcheck(masked):
     torch.library.opcheck(seqattn.additive_fwd.default, (query[:, 0], keys, None, values, v, masks[0], None, True))
     context, weights = seqattn.additive_fwd(query, keys, None, values, v, *masks, True)
     for gradient in ((context, weights), (context, None), (None, weights)):
-        torch.library.opcheck(
-            seqattn.additive_bwd.default, (query, keys, values, v, weights, *gradient, *masks, True)
-        )
+        torch.library.opcheck(seqattn.additive_bwd.default, (query, keys, values, v, weights, *gradient, *masks, True))
 
 
 class Decoder(nn.Module):
@@ -600,24 +614,59 @@ def test_works_without_native_kernels(monkeypatch):
 q, k, w, v = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5, 6), torch.zeros(4)
 BAD = {
     "rank of query": ((q[0, 0], k, v, w), {}, ValueError, r"query: expected \[B, A\] or \[B, T, A\], got \[4\]"),
-    "batch of keys": ((q, k[:1], v, w), {}, ValueError, r"keys: expected \[B, S, A\] with B=2, A=4 \(from query\), got \[1, 5, 4\]"),
+    "batch of keys": (
+        (q, k[:1], v, w),
+        {},
+        ValueError,
+        r"keys: expected \[B, S, A\] with B=2, A=4 \(from query\), got \[1, 5, 4\]",
+    ),
     "width of keys": ((q, k[..., :3], v, w), {}, ValueError, r"keys: expected .* got \[2, 5, 3\]"),
     "rank of keys": ((q, k[0], v, w), {}, ValueError, r"keys: expected \[B, S, A\], got \[5, 4\]"),
-    "values": ((q, k, v, w[:, :4]), {}, ValueError, r"values: expected \[B, S, D\] with B=2, S=5 \(from keys\), got \[2, 4, 6\]"),
+    "values": (
+        (q, k, v, w[:, :4]),
+        {},
+        ValueError,
+        r"values: expected \[B, S, D\] with B=2, S=5 \(from keys\), got \[2, 4, 6\]",
+    ),
     "v": ((q, k, v[:3], w), {}, ValueError, r"v: expected \[A\] with A=4 \(from query\), got \[3\]"),
     "rank of v": ((q, k, v[None], w), {}, ValueError, r"v: expected \[A\], got \[1, 4\]"),
     "bias": ((q, k, v, w), {"bias": v[:2]}, ValueError, r"bias: expected \[A\] with A=4"),
-    "dtype of keys": ((q, k.double(), v, w), {}, TypeError, "keys: expected torch.float32 .from query., got torch.float64"),
+    "dtype of keys": (
+        (q, k.double(), v, w),
+        {},
+        TypeError,
+        "keys: expected torch.float32 .from query., got torch.float64",
+    ),
     "integer query": ((q.long(), k, v, w), {}, TypeError, "query: expected a floating dtype, got torch.int64"),
     "device": ((q, k.to("meta"), v, w), {}, ValueError, "keys: expected device cpu .from query., got meta"),
-    "lengths past the end": ((q, k, v, w), {"lengths": torch.tensor([5, 6])}, ValueError, r"lengths: expected values in \[0, 5\] .* got 6 at \[1\]"),
+    "lengths past the end": (
+        (q, k, v, w),
+        {"lengths": torch.tensor([5, 6])},
+        ValueError,
+        r"lengths: expected values in \[0, 5\] .* got 6 at \[1\]",
+    ),
     "negative lengths": ((q, k, v, w), {"lengths": torch.tensor([-1, 5])}, ValueError, r"lengths: .* got -1 at \[0\]"),
-    "float lengths": ((q, k, v, w), {"lengths": torch.tensor([NAN, 5.0])}, TypeError, "lengths: expected an integer dtype, got torch.float32"),
+    "float lengths": (
+        (q, k, v, w),
+        {"lengths": torch.tensor([NAN, 5.0])},
+        TypeError,
+        "lengths: expected an integer dtype, got torch.float32",
+    ),
     "list of lengths": ((q, k, v, w), {"lengths": [5, 5]}, TypeError, "lengths: expected a tensor, got list"),
     "shape of lengths": ((q, k, v, w), {"lengths": torch.tensor([5])}, ValueError, r"lengths: expected \[B\] with B=2"),
-    "shape of mask": ((q, k, v, w), {"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask: expected \[B, S\].* got \[2, 4\]"),
-    "integer mask": ((q, k, v, w), {"mask": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "mask: expected torch.bool"),
-}  # fmt: skip
+    "shape of mask": (
+        (q, k, v, w),
+        {"mask": torch.ones(2, 4, dtype=torch.bool)},
+        ValueError,
+        r"mask: expected \[B, S\].* got \[2, 4\]",
+    ),
+    "integer mask": (
+        (q, k, v, w),
+        {"mask": torch.ones(2, 5, dtype=torch.int64)},
+        TypeError,
+        "mask: expected torch.bool",
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "reference"])

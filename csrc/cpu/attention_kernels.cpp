@@ -92,9 +92,7 @@ enum class Keys { small, exponential, plain };
 
 template <class T>
 SEQATTN_INLINE Keys form_of(T kmax) {
-  return kmax <= T(Additive::kSmall) ? Keys::small
-         : kmax <= Additive::kLargestKey<T> ? Keys::exponential
-                                            : Keys::plain;
+  return kmax <= T(Additive::kSmall) ? Keys::small : kmax <= Additive::kLargestKey<T> ? Keys::exponential : Keys::plain;
 }
 
 // Packs keys [16, A] (the last `16 - count` missing: taken as 0) into one block.
@@ -188,7 +186,9 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
   constexpr int W = kLanes<T>;
   constexpr int64_t kSum = 32;
   const int64_t rows = packed_rows(args.A) - 1, size = packed_block(args.A);
-  const T* q0 = (form == Form::small ? tile.tangents : form == Form::plain ? tile.plain : tile.exponentials) +
+  const T* q0 = (form == Form::small   ? tile.tangents
+                 : form == Form::plain ? tile.plain
+                                       : tile.exponentials) +
                 first * tile.stride;
   for (int64_t lane = 0; lane < kKeyBlock; lane += W) {
     Vec<T> acc[N][K];
@@ -254,8 +254,7 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
     for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < K; ++j) {
-        store(out + i * ld + j * kKeyBlock + lane,
-              form == Form::merged ? acc[i][j] * (T(-2) * args.scale) : acc[i][j]);
+        store(out + i * ld + j * kKeyBlock + lane, form == Form::merged ? acc[i][j] * (T(-2) * args.scale) : acc[i][j]);
       }
     }
   }
@@ -574,7 +573,8 @@ void d_scores(const AttentionArgs<T>& args, int64_t begin, int64_t end) {
       for (int64_t s = 0; s < length; ++s) ds[s] = attends(args, b, t, s) ? w[s] * (dw[s] - sum) : T(0);
     } else {
       Vec<T> sums{};
-      for (int64_t s = 0; s < length; s += W) sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
+      for (int64_t s = 0; s < length; s += W)
+        sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
       const Vec<T> sum = broadcast(sum_by_halves<T>(sums));
       for (int64_t s = 0; s < length; s += W) {
         const Vec<T> x = load_partial(w + s, length - s) * (load_partial(dw + s, length - s) - sum);

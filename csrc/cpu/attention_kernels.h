@@ -8,8 +8,8 @@
 
 namespace seqattn {
 
-inline constexpr int64_t kKeyBlock = 16;   // keys side by side in the packed layout, whatever the vector width
-inline constexpr int64_t kTileRows = 12;   // queries that share one pass over a block of keys
+inline constexpr int64_t kKeyBlock = 16;      // keys side by side in the packed layout, whatever the vector width
+inline constexpr int64_t kTileRows = 12;      // queries that share one pass over a block of keys
 inline constexpr int64_t kContextChunk = 64;  // columns of the context an item of a split tile computes
 
 // Always inlined: units of different instruction sets include this.
@@ -18,8 +18,8 @@ SEQATTN_HERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 
 SEQATTN_HERE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Packed keys are [B, ceil(S / 16), P + 1, 16] with P = A rounded up to 4: blocks of 16 keys, transposed. Rows [0, P)
-// hold tanh k, e^2k or k, as the largest |k| of the block is at most Additive::kSmall, at most Additive::kLargestKey, or
-// past it; all lanes of row P hold that largest |k|, NaNs aside.
+// hold tanh k, e^2k or k, as the largest |k| of the block is at most Additive::kSmall, at most Additive::kLargestKey,
+// or past it; all lanes of row P hold that largest |k|, NaNs aside.
 SEQATTN_HERE int64_t packed_rows(int64_t A) { return round_up(A, 4) + 1; }
 SEQATTN_HERE int64_t packed_block(int64_t A) { return packed_rows(A) * kKeyBlock; }
 
@@ -29,12 +29,12 @@ template <class T>
 struct AttentionArgs {
   int64_t B, T_, S, A, D;
   const T* query;
-  const T* keys;         // not read by forward where packed is there
-  const T* packed;       // [B, ceil(S/16), P + 1, 16], or null: each tile packs the block it needs
+  const T* keys;    // not read by forward where packed is there
+  const T* packed;  // [B, ceil(S/16), P + 1, 16], or null: each tile packs the block it needs
   const T* values;
-  const T* v_groups;     // [P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
-  const T* v;            // [P], zero past A
-  T scale;               // 2^e that makes the largest |v| at most 1
+  const T* v_groups;  // [P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
+  const T* v;         // [P], zero past A
+  T scale;            // 2^e that makes the largest |v| at most 1
   bool v_finite;
   const int64_t* lengths;    // [B] or null
   const uint8_t* mask_bool;  // nonzero: attend; element (b, t, s) at b * mask_b + t * mask_t + s; or null
@@ -51,7 +51,7 @@ struct AttentionArgs {
   const T* d_weights;      // [B, T, S] gradient of the weights
   const T* d_weights_too;  // [B, T, S] another to add to it, or null
   T* d_scores;             // [B, T, S], may be d_weights itself
-  uint8_t* used;       // [B, S] zeroed; set where some query attends to the key; null without a mask
+  uint8_t* used;           // [B, S] zeroed; set where some query attends to the key; null without a mask
   T* d_query;
   T* d_keys;
   T* d_v;  // [B, A] one sum per batch element

@@ -12,9 +12,9 @@ namespace seqattn {
 //     changes tanh by less than 1e-9);
 //   - a merged term is v0/x0 + .. + v3/x3 - (v0 + .. + v3)/2, that is, -1/2 of the sum of v * tanh: without the
 //     constant, partial sums are as small as those of tanh itself, and so are their rounding errors.
-// Where q and k are small, tanh(q + k) = (tq + tk) / (1 + tq * tk) from their tangents keeps digits that 1 - 2 / x loses.
-// eq may overflow or vanish: tanh is then +-1 to the last bit, provided that |k| <= kLargestKey. Past it the sum q + k
-// is needed (q = 60, k = -60), and keys are kept as they are.
+// Where q and k are small, tanh(q + k) = (tq + tk) / (1 + tq * tk) from their tangents keeps digits that 1 - 2 / x
+// loses. eq may overflow or vanish: tanh is then +-1 to the last bit, provided that |k| <= kLargestKey. Past it the sum
+// q + k is needed (q = 60, k = -60), and keys are kept as they are.
 struct Additive {
   static constexpr const char* kName = "additive";
   static constexpr int kMerged = 4;  // elements a merged division serves

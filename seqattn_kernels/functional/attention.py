@@ -6,13 +6,13 @@ return the context [B, D] or [B, T, D] and the weights [B, S] or [B, T, S].
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.reference.attention import attended, masked_softmax, without_unattended
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def additive_attention(
     mask: Tensor | None = None,
     need_weights: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Additive attention (Bahdanau, Cho, Bengio, 2014): scores ``sum_a v[a] * tanh(query[a] + keys[a] + bias[a])``.
 
     Args:
@@ -105,6 +105,21 @@ def additive_attention(
             prepared.check_unchanged()
     if values is None:
         values = keys
+    if (
+        backend is None
+        and bias is None
+        and (mask is None or not mask.requires_grad)
+        and query.dtype in _WIDE
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+    ):
+        # The operator looks at everything itself; what it refuses is looked at below, to convert it or to say why.
+        try:
+            context, weights = ops.attention.additive(query, keys, packed, values, v, lengths, mask, need_weights)
+        except (RuntimeError, TypeError):
+            pass
+        else:
+            return context, weights if need_weights else None
     shape = query.shape
     single = len(shape) == 2
     if not (
@@ -160,7 +175,7 @@ def concat_attention(
     mask: Tensor | None = None,
     need_weights: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Attention with scores ``v . tanh(weight [query; key] + bias)`` (Luong, Pham, Manning, 2015, "concat").
 
     The linear map of the pair is a sum of one of the query and one of the key, so this is `additive_attention` after
@@ -205,7 +220,7 @@ def dot_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Dot-product attention (Luong, Pham, Manning, 2015): scores ``scale * (query . keys)``.
 
     Args:
@@ -262,7 +277,7 @@ def general_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Bilinear attention (Luong, Pham, Manning, 2015, "general"): scores ``query @ weight @ key``, weight [Q, K].
 
     Args:

@@ -13,7 +13,7 @@ from seqattn_kernels import functional
 from seqattn_kernels.functional import PreparedKeys
 from seqattn_kernels.functional.attention import attended_keys
 
-Attended = tuple[Tensor, Tensor | None]
+Attended = tuple[Tensor, Any]  # context and weights, None where not asked for
 
 
 def _uniform(*shape: int, fan_in: int, device: Any, dtype: Any) -> nn.Parameter:
