@@ -237,10 +237,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
   p.ld_output = D * sizes.output;
   p.ld_cell = D * sizes.hidden;
   p.directions = int(D);
-  p.prepacked = !packed.empty();
   const RecurrenceKernels<T>& k = kernels<T>();
   const int64_t pack_values = k.packed_size(int(number), sizes);
-  if (p.prepacked && int64_t(packed.size()) != D) fail("packed: expected ", D, " tensors, got ", packed.size());
+  const bool prepacked = !packed.empty();
+  if (prepacked && int64_t(packed.size()) != D) fail("packed: expected ", D, " tensors, got ", packed.size());
   for (int64_t i = 0; i < D; ++i) {
     Direction<T>& d = p.direction[i] = directions[i];
     d.h0 = h0 ? h0->const_data_ptr<T>() + i * B * sizes.output : nullptr;
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
     d.hn = hn.mutable_data_ptr<T>() + i * B * sizes.output;
     d.cn = cell.has_cell ? cn.mutable_data_ptr<T>() + i * B * sizes.hidden : nullptr;
     d.reserve = save ? reserve.mutable_data_ptr<T>() + i * reserve_values : nullptr;
-    if (p.prepacked) {
+    if (prepacked) {
       check_tensor("packed", packed[i], dtype_of<T>(), {pack_values});
       d.packed = const_cast<T*>(packed[i].const_data_ptr<T>());
     }
@@ -260,9 +260,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
   const int64_t row_bytes = cell.slots * padded(sizes.hidden) * int64_t(sizeof(T)) / std::max<int64_t>(1, p.threads / D);
   p.chunk_rows = std::min(std::max<int64_t>(rows.first[rows.steps], 1),
                           std::max(B, std::clamp<int64_t>((256 << 10) / std::max<int64_t>(row_bytes, 1), 24, 256)));
+  if (prepacked) {
+    p.ih = p.hh = WeightUse::given;
+  } else if (all_rows <= 32 && B < 24) {
+    p.ih = p.hh = WeightUse::in_place;
+  } else {
+    p.ih = rows.first[rows.steps] <= p.chunk_rows ? WeightUse::in_cache : WeightUse::packed;
+    p.hh = rows.steps == 1 ? WeightUse::in_cache : WeightUse::packed;
+  }
   k.forward_scratch(int(number), &p);
   std::vector<BarrierFlag> flags;
-  prepare(&p, &flags, p.prepacked ? 0 : pack_values);
+  prepare(&p, &flags, prepacked ? 0 : pack_values);
   run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
   return {output, hn, cn, states, reserve};
 }

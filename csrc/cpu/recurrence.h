@@ -51,12 +51,20 @@ struct Direction {
   T* cell_states;    // rows of hidden values or null
   T *hn, *cn;        // [batch, output], [batch, hidden]
   T* reserve;        // [compact rows][reserved][padded(hidden)] or null
-  T* packed;         // packed_size() values: to be filled, or already so
+  T* packed;         // packed_size() values: given, or to be filled as far as WeightUse says
 
   // Backward only; gradients that are null are zero (d_*n, d_output) or not wanted (others).
   const T *d_output, *d_cell_states, *d_hn, *d_cn;
   T *d_h0, *d_c0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
   T* d_input;
+};
+
+// Where the products with W_ih (W_hh) find their weights.
+enum class WeightUse {
+  given,     // packed by an earlier call
+  packed,    // packed by this call before anything else, for many uses
+  in_cache,  // packed panel by panel just before the only use
+  in_place,  // read as torch keeps them: for few rows that is quicker than packing
 };
 
 template <class T>
@@ -67,7 +75,7 @@ struct Problem {
   int64_t ld_input, ld_output, ld_cell;  // values between rows
   int directions;
   Direction<T> direction[2];
-  bool prepacked;
+  WeightUse ih, hh;
   int64_t chunk_rows;  // rows whose input projections (forward) or gate gradients (backward) are kept at a time
   T* scratch;          // [directions] of shared_scratch, then [threads] of thread_scratch
   int64_t shared_scratch, thread_scratch;

@@ -84,8 +84,9 @@ void pack_panel(T* out, const T* w, int64_t K, int64_t hidden, int64_t first_vec
   }
 }
 
+// This thread's share of the packed weights; biases and W_hr always, W_ih and W_hh where asked.
 template <class Cell, class T>
-void pack_weights(const Sizes& sizes, Direction<T>& d, Gang& gang) {
+void pack_weights(const Sizes& sizes, const Direction<T>& d, Gang& gang, bool ih = true, bool hh = true) {
   constexpr int W = kLanes<T>;
   constexpr int kHSlot = Cell::kSlots - Cell::kGates;
   const PackedWeights<Cell, T> packed(sizes, d.packed);
@@ -93,8 +94,10 @@ void pack_weights(const Sizes& sizes, Direction<T>& d, Gang& gang) {
   gang.share(packed.panels.groups, &begin, &end);
   for (int64_t p = begin; p < end; ++p) {
     const int64_t first = packed.panels.begin(p), units = packed.panels.begin(p + 1) - first;
-    pack_panel<Cell>(packed.ih_panel(p), d.w_ih, sizes.input, sizes.hidden, first, units, &Cell::x_gate, 0);
-    pack_panel<Cell>(packed.hh_panel(p), d.w_hh, sizes.output, sizes.hidden, first, units, &Cell::h_gate, kHSlot);
+    if (ih) pack_panel<Cell>(packed.ih_panel(p), d.w_ih, sizes.input, sizes.hidden, first, units, &Cell::x_gate, 0);
+    if (hh) {
+      pack_panel<Cell>(packed.hh_panel(p), d.w_hh, sizes.output, sizes.hidden, first, units, &Cell::h_gate, kHSlot);
+    }
     for (int slot = 0; slot < Cell::kSlots; ++slot) {
       for (int64_t v = 0; v < units; ++v) {
         const int64_t unit = (first + v) * W, n = sizes.hidden - unit;
@@ -129,6 +132,10 @@ void forward_scratch(Problem<T>* p) {
   p->shared_scratch = batch * (2 * row_stride(s.output) + (Cell::kHasCell ? 1 : 0) * padded(s.hidden) +
                                (s.projected ? row_stride(s.hidden) : 0));
   p->thread_scratch = p->chunk_rows * (Cell::kSlots * padded(s.hidden) + padded(s.input));
+  if (p->ih == WeightUse::in_cache || p->hh == WeightUse::in_cache) {
+    const int64_t width = Cell::kGates * PackedWeights<Cell, T>::kUnits * kLanes<T>;
+    p->thread_scratch += width * (s.input > s.output ? s.input : s.output);
+  }
 }
 
 template <class Cell, class T>
@@ -150,6 +157,7 @@ class ForwardDirection {
     full_ = c_ + (Cell::kHasCell ? rows_.batch * ldc_ : 0);
     pre_ = own;
     x_ = own + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden);
+    panel_ = x_ + p_.chunk_rows * padded(sizes_.input);
     gang_.share(packed_.panels.groups, &panel_begin_, &panel_end_);
   }
 
@@ -226,7 +234,28 @@ class ForwardDirection {
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t j = 0; j < ld; j += W) store(pre + r * ld + j, load(bias + j));
       }
-      packed_.multiply(pre, ld, x, ldx, packed_.ih_panel(p), sizes_.input, n, units);
+      multiply(p_.ih, p, pre, x, ldx, d_.w_ih, packed_.ih_panel(p), sizes_.input, n, 0, Cell::x_gate);
+    }
+  }
+
+  // pre[row][slot][units] += a[row][K] times the weights of panel p: torch's w[gate * H + unit][K], packed in `panel`.
+  void multiply(WeightUse use, int64_t p, T* pre, const T* a, int64_t lda, const T* w, const T* panel, int64_t K,
+                int64_t rows, int first_slot, int (*gate_of)(int)) {
+    const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
+    if (use != WeightUse::in_place) {
+      if (use == WeightUse::in_cache) {
+        pack_panel<Cell>(panel_, w, K, sizes_.hidden, first, units, gate_of, first_slot);
+        panel = panel_;
+      }
+      packed_.multiply(pre + first_slot * units * W, Cell::kSlots * units * W, a, lda, panel, K, rows, units);
+      return;
+    }
+    for (int slot = first_slot; slot < first_slot + Cell::kGates; ++slot) {
+      for (int64_t v = 0; v < units; ++v) {
+        const int64_t unit = (first + v) * W, left = sizes_.hidden - unit;
+        const DotProduct<T> product{a, lda, w + (gate_of(slot) * sizes_.hidden + unit) * K, K};
+        multiply_dots(pre + (slot * units + v) * W, Cell::kSlots * units * W, &product, 1, rows, left < W ? left : W);
+      }
     }
   }
 
@@ -245,7 +274,7 @@ class ForwardDirection {
       const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
       const int64_t ld = Cell::kSlots * units * W;
       T* pre = pre_panel(p) + (compact - chunk_first) * ld;
-      packed_.multiply(pre + kHSlot * units * W, ld, h_[0], ldh_, packed_.hh_panel(p), sizes_.output, n, units);
+      multiply(p_.hh, p, pre, h_[0], ldh_, d_.w_hh, packed_.hh_panel(p), sizes_.output, n, kHSlot, Cell::h_gate);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t v = 0; v < units; ++v) apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);
       }
@@ -334,6 +363,7 @@ class ForwardDirection {
   T* full_;   // [batch][ldf_]
   T* pre_;    // this thread's: [panel][chunk row][slot][units]
   T* x_;      // this thread's: [chunk row][padded(input)]
+  T* panel_;  // this thread's: one panel of W_ih or W_hh
   int64_t panel_begin_, panel_end_;
 };
 
@@ -356,8 +386,8 @@ void for_each_direction(const Problem<T>& p, Gang& gang, F&& run) {
 template <class Cell, class T>
 void forward(const Problem<T>& p, Gang& gang) {
   for_each_direction(p, gang, [&](int d, T* shared, T* own, Gang& team) {
-    if (!p.prepacked) {
-      pack_weights<Cell, T>(p.sizes, const_cast<Direction<T>&>(p.direction[d]), team);
+    if (p.hh != WeightUse::given) {
+      pack_weights<Cell, T>(p.sizes, p.direction[d], team, p.ih == WeightUse::packed, p.hh == WeightUse::packed);
     }
     ForwardDirection<Cell, T>(p, d, shared, own, team).run();
   });
