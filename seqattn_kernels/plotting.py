@@ -122,7 +122,9 @@ def plot_alignments(
             axes.set_xlabel(source_label, color="0.4")
         if target_label is not None and i % columns == 0:
             axes.set_ylabel(target_label, color="0.4")
-    figure.colorbar(grid[0, 0].images[0], ax=grid, label="attention weight", shrink=0.6, aspect=30, pad=0.01)
+    figure.colorbar(
+        grid[0, 0].images[0], ax=grid, label="attention weight", shrink=0.6, aspect=30, pad=0.01, panchor=False
+    )
     if title is not None:
         figure.suptitle(title, fontsize=13)
     return _finish(figure, path)

@@ -21,7 +21,7 @@ from seqattn_kernels.demo.model import G2P
 from seqattn_kernels.demo.train import Settings, Speed, Trainer, take_turns
 from seqattn_kernels.plotting import plot_alignments, plot_bars
 
-DEFAULT = Settings(steps=3000, batch_size=64, embedding=64, hidden=256, dropout=0.0, learning_rate=3e-3)
+DEFAULT = Settings(steps=1600, batch_size=128, embedding=64, hidden=256, dropout=0.0, learning_rate=4e-3)
 FULL = Settings(steps=12000, batch_size=128, embedding=128, hidden=256, dropout=0.25, learning_rate=3e-3)
 # In a full run stock is trained this far beside the other model, which then goes on alone.
 FULL_COMPARED = 300
