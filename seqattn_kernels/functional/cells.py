@@ -66,20 +66,6 @@ def rnn_cell(
     return _run(_rnn_cell_name(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)[0]
 
 
-def _state(name: str, state: Any, input: Tensor, hidden: int) -> Tensor | None:
-    if state is None:
-        return None
-    _check_tensor(name, state)
-    expected = (*input.shape[:-1], hidden)
-    if state.shape != expected:
-        raise ValueError(f"{name}: expected {list(expected)} (B from input, H from weights), got {list(state.shape)}")
-    if state.dtype != input.dtype or state.device != input.device:
-        raise ValueError(
-            f"{name}: expected {input.dtype} on {input.device} (from input), got {state.dtype} on {state.device}"
-        )
-    return state if input.dim() == 2 else state.unsqueeze(0)
-
-
 def _run(
     cell: str,
     input: Tensor,
@@ -92,15 +78,17 @@ def _run(
     packed_weights: Sequence[Tensor] | None,
     backend: str | None,
 ) -> tuple[Tensor, Any]:
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih, b_hh: expected both or neither, got one")
     if _is_plain(input, backend):
-        # A step is a few microseconds: the operator's own checks serve here, and say it less well than those below.
+        # A step is a few microseconds: the operator's own checks serve here, and Python's only say it better.
         weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
         try:
             states = ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
         except (RuntimeError, TypeError, AttributeError):
-            pass
-        else:
-            return states if len(states) == 2 else (states[0], None)  # type: ignore[return-value]
+            _check(input, h, c, list(weights), GATES[cell])
+            raise
+        return states if len(states) == 2 else (states[0], None)  # type: ignore[return-value]
     return _run_checked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
 
 
@@ -116,6 +104,33 @@ def _is_plain(input: Any, backend: str | None) -> bool:
     )
 
 
+def _check(input: Any, h: Any, c: Any, weights: Sequence[Tensor], gates: int) -> None:
+    """Raise what is wrong with the arguments of a step, if anything is."""
+    _check_tensor("input", input)
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input: expected [B, I] or [I], got {list(input.shape)}")
+    first = weights[0]
+    if input.shape[-1] != first.shape[1]:
+        raise ValueError(f"input: expected last dimension {first.shape[1]} (from w_ih), got {list(input.shape)}")
+    if input.dtype != first.dtype or input.device != first.device:
+        raise ValueError(
+            f"input: expected {first.dtype} on {first.device} (from w_ih), got {input.dtype} on {input.device}"
+        )
+    expected = (*input.shape[:-1], first.shape[0] // gates)
+    for name, state in (("h", h), ("c", c)):
+        if state is None:
+            continue
+        _check_tensor(name, state)
+        if state.shape != expected:
+            raise ValueError(
+                f"{name}: expected {list(expected)} (B from input, H from weights), got {list(state.shape)}"
+            )
+        if state.dtype != input.dtype or state.device != input.device:
+            raise ValueError(
+                f"{name}: expected {input.dtype} on {input.device} (from input), got {state.dtype} on {state.device}"
+            )
+
+
 def _run_checked(
     cell: str,
     input: Tensor,
@@ -129,10 +144,6 @@ def _run_checked(
     backend: str | None,
 ) -> tuple[Tensor, Any]:
     _check_tensor("input", input)
-    if input.dim() not in (1, 2):
-        raise ValueError(f"input: expected [B, I] or [I], got {list(input.shape)}")
-    if (b_ih is None) != (b_hh is None):
-        raise ValueError("b_ih, b_hh: expected both or neither, got one")
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     dtype = input.dtype
     if _autocasts(input):
@@ -141,15 +152,11 @@ def _run_checked(
         )
         input, h, c = _widen(input), _widen(h), _widen(c)
         weights = [_widen(w) for w in weights]
-    if input.shape[-1] != w_ih.shape[1]:
-        raise ValueError(f"input: expected last dimension {w_ih.shape[1]} (from w_ih), got {list(input.shape)}")
-    if input.dtype != weights[0].dtype or input.device != w_ih.device:
-        raise ValueError(
-            f"input: expected {weights[0].dtype} on {w_ih.device} (from w_ih), got {input.dtype} on {input.device}"
-        )
+    _check(input, h, c, weights, GATES[cell])
     hidden = w_ih.shape[0] // GATES[cell]
-    h, c = _state("h", h, input, hidden), _state("c", c, input, hidden)
-    x = input if input.dim() == 2 else input.unsqueeze(0)
+    x = input
+    if input.dim() == 1:
+        x, h, c = x.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
 
     training = torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
     if packed_weights is not None and training and any(w.requires_grad for w in weights):
