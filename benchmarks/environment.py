@@ -197,7 +197,7 @@ def _fma_library() -> ctypes.CDLL:
 
 
 @lru_cache
-def fma_limit(threads: int, seconds: float = 0.3) -> float:
+def fma_limit(threads: int, seconds: float = 1.0) -> float:
     """Operations a second of ``threads`` cores that do nothing but float32 FMAs: the best of a few tries.
 
     Raises RuntimeError where there is no C compiler.

@@ -124,12 +124,14 @@ def race(
     least_rounds: int = 7,
     patience: float = 4.0,
     block_seconds: float | None = None,
+    linger: Mapping[str, float] | None = None,
 ) -> Race:
     """Time the calls in turns, in a new order each round, for about ``seconds``.
 
     Each turn runs a call often enough to fill ``block_seconds``, with one untimed call before it where calls are short,
     so that every contestant finds its data and threads as its own last call left them. Rounds disturbed by other
-    processes are dropped and made up for, up to ``patience`` times the time.
+    processes are dropped and made up for, up to ``patience`` times the time. ``linger`` says for how long the threads of
+    a contestant stay busy after its turn, in seconds: the next one starts after that.
     """
     if not calls:
         raise ValueError("calls: expected at least one contestant, got none")
@@ -151,8 +153,9 @@ def race(
         order.shuffle(names)
         row = {}
         for name in names:
-            bind(home)  # the contestant before may have moved this thread
             row[name] = _turn(calls[name], repeats[name])
+            bind(home)  # the call may have moved this thread
+            time.sleep((linger or {}).get(name, 0.0))
         window.append(row)
         if load.seconds() < SHORTEST_JUDGED:
             continue

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=165)
+        console = Console(width=150)
     profile = QUICK if options.quick else FULL
     suites = SUITES if "all" in options.suite else tuple(dict.fromkeys(options.suite))
     environment, limits = describe(), _limits(options.threads, fma_limit)
@@ -109,19 +109,25 @@ def _cells(result: CaseResult, name: str) -> list[str]:
     if contestant.milliseconds is None:
         return ["[red]failed[/]" if contestant.failure else "[dim]absent[/]"]
     interval = "" if contestant.ratio_low is None else f"{contestant.ratio_low:.2f}-{contestant.ratio_high:.2f}"
-    bars = []
+    bars, share = [], "" if contestant.fma_share is None else f"{contestant.fma_share:.0%}"
     for bar in result.bars:
-        if bar.contestant == name:
-            colour, against = "green" if bar.met else "red", "" if bar.against == "torch_eager" else f" {bar.against}"
-            reached = "" if bar.reached is None or not against else f" ({bar.reached:.2f})"
-            bars.append(f"[{colour}]{bar.at_least:g}{against}{reached}[/]")
+        if bar.contestant != name:
+            continue
+        colour = "green" if bar.met else "red"
+        if bar.against == "fma limit":
+            share = f"[{colour}]{share} of {bar.at_least:.0%}[/]"
+        elif bar.against == "torch_eager":
+            bars.append(f"[{colour}]{bar.at_least:g}[/]")
+        else:
+            reached = "" if bar.reached is None else f" {bar.reached:.2f}x"
+            bars.append(f"[{colour}]{bar.against}{reached}[/]")
     return [
         _digits(contestant.milliseconds),
         f"{_digits(contestant.quantile_20)}-{_digits(contestant.quantile_80)}",
         "" if contestant.ratio is None or name == "torch_eager" else f"[bold]{contestant.ratio:.2f}[/]",
         "" if name == "torch_eager" else interval,
-        " ".join(bars),
-        "" if contestant.fma_share is None else f"{contestant.fma_share:.0%}",
+        "\n".join(bars),
+        share,
     ]
 
 

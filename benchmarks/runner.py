@@ -63,12 +63,16 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
     try:
         with ExitStack() as stack, torch.set_grad_enabled(case.mode.has_gradients):
             problem = build(case)
-            calls, absent, failed = _qualify(case, problem, only, stack)
+            entries, absent, failed = _qualify(case, problem, only, stack)
+            calls = {name: entry.call for name, entry in entries.items()}
+            linger = {name: entry.linger for name, entry in entries.items()}
             problem.__dict__.pop("oracle", None)  # it may be large
             gc.collect()
             if STOCK in calls:
                 calls[STOCK_AGAIN] = _again(calls[STOCK])
-            outcome = race(calls, seconds=profile.seconds, least_rounds=profile.least_rounds) if calls else None
+            outcome = None
+            if calls:
+                outcome = race(calls, seconds=profile.seconds, least_rounds=profile.least_rounds, linger=linger)
     finally:
         torch.set_num_threads(before)
     contestants = [
@@ -111,9 +115,9 @@ def _again(call: Callable[[], object]) -> Callable[[], object]:
 
 def _qualify(
     case: Case, problem: Problem, only: Collection[str] | None, stack: ExitStack
-) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, str]]:
-    """The calls of the contestants that may be timed, why others are absent, and what others got wrong."""
-    calls: dict[str, Callable[[], object]] = {}
+) -> tuple[dict[str, Entry], dict[str, str], dict[str, str]]:
+    """The contestants that may be timed, why others are absent, and what others got wrong."""
+    entries: dict[str, Entry] = {}
     absent: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in (STOCK, *case.contestants):
@@ -132,8 +136,8 @@ def _qualify(
             failed[name] = failure
         # Stock is what the others are compared with: where it is past the tolerance itself, that is noted only.
         if failure is None or name == STOCK:
-            calls[name] = entry.call
-    return calls, absent, failed
+            entries[name] = entry
+    return entries, absent, failed
 
 
 def _why_not(peer: Peer, problem: Problem, only: Collection[str] | None) -> str | None:

@@ -21,6 +21,7 @@ class Entry:
 
     call: Callable[[], Any]
     outcome: Callable[[], Named]
+    linger: float = 0.0  # seconds its threads stay busy after the last call
     dtype: torch.dtype = torch.float32  # the coarsest dtype it computes in, which sets its tolerance
 
 
