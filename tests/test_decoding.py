@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels.decoding import Hypothesis, beam_search, greedy_search, select_state
+from seqattn_kernels.functional import additive_attention, prepare_keys
 
 
 class Table:
@@ -229,6 +230,20 @@ def test_select_state_reaches_into_every_structure() -> None:
         select_state((x, x), index, (0, 0, 0))
     with pytest.raises(ValueError, match="batch_dim: expected the state's keys"):
         select_state({"a": x}, index, {"b": 0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_prepared_keys_are_a_state(dtype: torch.dtype) -> None:
+    keys, v = torch.randn(3, 5, 8, dtype=dtype), torch.randn(8, dtype=dtype)
+    index = torch.tensor([2, 0, 0, 1])
+    query = torch.randn(4, 8, dtype=dtype)
+    selected = select_state({"keys": prepare_keys(keys)}, index)["keys"]
+    for got, expected in zip(
+        additive_attention(query, selected, v), additive_attention(query, keys[index], v), strict=True
+    ):
+        assert got is not None
+        assert expected is not None
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("kind", ["wu", "average", "none"])

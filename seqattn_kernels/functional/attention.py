@@ -36,6 +36,12 @@ class PreparedKeys:
         counted = not torch.compiler.is_compiling() and not keys.is_inference()
         self._version = keys._version if counted else None
 
+    def select(self, index: Tensor) -> PreparedKeys:
+        """The prepared keys of the rows ``index`` [N], in that order, as beam search reorders them."""
+        packed = None if self.packed is None else self.packed.index_select(0, index)
+        wide = self.wide.index_select(0, index)
+        return PreparedKeys(wide if self.keys is self.wide else self.keys.index_select(0, index), packed, wide)
+
     def check_unchanged(self) -> None:
         if self._version is not None and self.keys._version != self._version:
             raise RuntimeError(
