@@ -130,8 +130,8 @@ def race(
 
     Each turn runs a call often enough to fill ``block_seconds``, with one untimed call before it where calls are short,
     so that every contestant finds its data and threads as its own last call left them. Rounds disturbed by other
-    processes are dropped and made up for, up to ``patience`` times the time. ``linger`` says for how long the threads of
-    a contestant stay busy after its turn, in seconds: the next one starts after that.
+    processes are dropped and made up for, up to ``patience`` times the time. ``linger`` says for how many seconds the
+    threads of a contestant stay busy after its turn: the next one starts after that.
     """
     if not calls:
         raise ValueError("calls: expected at least one contestant, got none")
