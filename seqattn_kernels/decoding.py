@@ -8,7 +8,11 @@ A step function maps the tokens of N hypotheses and a state to what comes next:
 The state is a tensor or a nested tuple, list or dict of tensors, None, plain values that need no reordering, or
 anything with a method `select(index)`. Its tensors have the hypotheses in dimension `batch_dim`: one number for all of
 them, or a structure of numbers like the state's own, with None for a tensor that is the same for all hypotheses. An
-LSTM's `(h, c)` beside its encoder's output is `batch_dim=((1, 1), 0)`.
+LSTM's `(h, c)` beside an encoder's output is `batch_dim=((1, 1), 0)`.
+
+What stays the same through all steps of a sentence, such as an encoder's output, is better given as `memory`: then the
+step is called as `step(tokens, state, memory)`, and memory is only touched where sentences leave the batch. It has the
+form of a state, with the sentences in dimension 0 of its tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Step = Callable[[Tensor, Any], tuple[Any, ...]]
+Step = Callable[..., tuple[Any, ...]]
 LengthPenalty = Literal["wu", "average", "none"]
 
 # Room for rounding in a log_softmax of low precision; a logit passed for a log-probability is far above it.
@@ -83,12 +87,13 @@ def greedy_search(
     start: int | Tensor,
     end: int | None,
     max_length: int,
+    memory: Any = None,
     batch_size: int | None = None,
     batch_dim: Any = 0,
 ) -> list[Hypothesis]:
     """Takes the most probable token at each step, until the end token or `max_length` tokens.
 
-    step, state, batch_dim: see the module's description; the state's tensors have B rows, one for each sentence.
+    step, state, memory, batch_dim: see the module's description; state and memory have B rows, one a sentence.
     start: the first token given to the step, one for all sentences or [B].
     end: the end token; None lets every hypothesis run to `max_length`.
     max_length: the largest number of tokens, end token included; 0 gives empty hypotheses.
@@ -104,7 +109,7 @@ def greedy_search(
     chosen: list[Tensor] = []
     weights: list[Tensor] = []
     for _ in range(max_length if batch else 0):
-        log_probs, state, attention = _call(step, tokens, state, end)
+        log_probs, state, attention = _call(step, tokens, state, memory, end)
         best, tokens = log_probs.max(dim=1)
         possible = best > -math.inf
         ended = possible & (tokens == end) if end is not None else torch.zeros_like(possible)
@@ -121,7 +126,7 @@ def greedy_search(
             break
         if len(left) < len(active):
             active, tokens = active[left], tokens[left]
-            state = select_state(state, left, batch_dim)
+            state, memory = select_state(state, left, batch_dim), select_state(memory, left)
     table = torch.stack(chosen, dim=1).tolist() if chosen else [[]] * batch
     maps = _stack(weights)
     rows = zip(table, lengths.tolist(), total.tolist(), finished.tolist(), strict=True)
@@ -143,13 +148,14 @@ def beam_search(
     length_penalty: LengthPenalty = "wu",
     alpha: float = 0.6,
     n_best: int = 1,
+    memory: Any = None,
     batch_size: int | None = None,
     batch_dim: Any = 0,
 ) -> list[list[Hypothesis]]:
     """Keeps the `beam` most probable prefixes of each sentence at each step.
 
-    step, state, start, end, max_length, batch_size, batch_dim: as in `greedy_search`. The state given has B rows; the
-    step is called with up to B * beam, and with fewer as sentences are done.
+    step, state, start, end, max_length, memory, batch_size, batch_dim: as in `greedy_search`. State and memory are
+    given with B rows; the step is called with up to B * beam, and with fewer as sentences are done.
     beam: K; it may be wider than the vocabulary.
     length_penalty: how scores of sequences of different lengths are compared. With n tokens, end token included, "wu"
     divides the log-probability by ((5 + n) / 6) ** alpha (Wu et al. 2016, https://arxiv.org/abs/1609.08144), "average"
@@ -181,13 +187,13 @@ def beam_search(
     finished, unfinished = _Pool(batch, beam, device), _Pool(batch, beam, device)
     active = torch.arange(batch, device=device)  # [A]: the sentences that go on
     rows = active.repeat_interleave(beam)
-    state, tokens = select_state(state, rows, batch_dim), tokens[rows]
+    state, memory, tokens = select_state(state, rows, batch_dim), select_state(memory, rows), tokens[rows]
     # A prefix of -inf is an empty place: the K places of a sentence start as one prefix.
     scores = torch.full((batch, beam), -math.inf, device=device)
     scores[:, 0] = 0
     largest_penalty = penalty(max_length)
     for length in range(1, max_length + 1):
-        log_probs, state, weights = _call(step, tokens, state, end)
+        log_probs, state, weights = _call(step, tokens, state, memory, end)
         vocabulary = log_probs.size(1)
         before = scores.to(torch.promote_types(log_probs.dtype, torch.float32))
         candidates = (before.view(-1, 1) + log_probs).view(len(active), beam * vocabulary)
@@ -218,9 +224,12 @@ def beam_search(
         left = (~done).nonzero()[:, 0]
         if len(left) == 0:
             break
-        rows = (left.unsqueeze(1) * beam + parents[left]).flatten()
+        rows = left.unsqueeze(1) * beam + parents[left]
+        state = select_state(state, rows.flatten(), batch_dim)
+        if len(left) < len(active):
+            rows = left.unsqueeze(1) * beam + torch.arange(beam, device=device)
+            memory = select_state(memory, rows.flatten())
         tokens, scores, active = words[left].flatten(), scores[left], active[left]
-        state = select_state(state, rows, batch_dim)
 
     results: list[list[Hypothesis]] = [[] for _ in range(batch)]
     for pool in (finished, unfinished):
@@ -353,9 +362,9 @@ def _first_tensor(state: Any, batch_dim: Any) -> tuple[Tensor | None, int | None
     return next((f for f in found if f[1] is not None), found[0] if found else (None, None))
 
 
-def _call(step: Step, tokens: Tensor, state: Any, end: int | None) -> tuple[Tensor, Any, Tensor | None]:
+def _call(step: Step, tokens: Tensor, state: Any, memory: Any, end: int | None) -> tuple[Tensor, Any, Tensor | None]:
     """One step, its answer checked."""
-    answer = step(tokens, state)
+    answer = step(tokens, state) if memory is None else step(tokens, state, memory)
     if not isinstance(answer, tuple) or len(answer) not in (2, 3):
         raise TypeError(
             f"step: expected (log_probs, state) or (log_probs, state, weights), got {type(answer).__name__}"

@@ -161,6 +161,27 @@ def test_alignments_are_those_of_each_hypothesis(end: int | None) -> None:
             assert torch.equal(h.alignment, table.path_weights(sentence, h.tokens))
 
 
+@pytest.mark.parametrize("beam", [None, 1, 4])
+def test_memory_is_what_stays(beam: int | None) -> None:
+    """The number of the sentence as memory and not as state: the same hypotheses."""
+    table = Table(batch=6, vocabulary=4, length=5, seed=5)
+
+    def step(tokens: Tensor, state: dict[str, Any], memory: list[Tensor]) -> tuple[Tensor, Any, Tensor]:
+        log_probs, state, weights = table.step(tokens, state | {"sentence": memory[0]})
+        return log_probs, {"node": state["node"], "first": False}, weights
+
+    whole = table.begin()
+    parts = {"node": whole["node"], "first": True}
+    options: dict[str, Any] = dict(start=0, end=3, max_length=5)
+    if beam is None:
+        expected = greedy_search(table.step, whole, **options)
+        got = greedy_search(step, parts, memory=[whole["sentence"]], **options)
+    else:
+        expected = [h for h, *_ in beam_search(table.step, whole, beam=beam, **options)]
+        got = [h for h, *_ in beam_search(step, parts, memory=[whole["sentence"]], beam=beam, **options)]
+    assert [(h.tokens, h.log_prob) for h in got] == [(h.tokens, h.log_prob) for h in expected]
+
+
 def test_sentences_do_not_disturb_each_other() -> None:
     table = Table(batch=6, vocabulary=4, length=5, seed=5)
     options: dict[str, Any] = dict(start=0, end=3, max_length=5, beam=3, n_best=2)

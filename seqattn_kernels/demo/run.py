@@ -94,8 +94,9 @@ def fit(settings: Settings, data: Pronunciations, stock: G2P, model: G2P, second
     take_turns(trainers, batches, 3, lambda done: None)
     for trainer in trainers:
         trainer.speed = Speed()
-    take_turns(trainers, batches, 20, lambda done: None)
-    expected = settings.steps * sum(settings.batch_size / trainer.speed.rate for trainer in trainers)
+    take_turns(trainers, batches, 24, lambda done: None, turn=4)
+    # The fastest turns: something else may have had the machine for a moment.
+    expected = settings.steps * sum(settings.batch_size / max(trainer.speed.rates) for trainer in trainers)
     if expected <= seconds:
         return settings
     steps = max(50, int(settings.steps * seconds / expected) // 50 * 50)

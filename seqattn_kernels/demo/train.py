@@ -31,7 +31,7 @@ class Settings:
 
 @dataclass
 class Speed:
-    """Seconds and words of each turn; their rate is that of the median turn."""
+    """Seconds and words of each turn."""
 
     seconds: list[float] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
@@ -41,8 +41,13 @@ class Speed:
         self.words.append(words)
 
     @property
+    def rates(self) -> list[float]:
+        return [n / t for n, t in zip(self.words, self.seconds, strict=True)]
+
+    @property
     def rate(self) -> float:
-        return statistics.median(n / t for n, t in zip(self.words, self.seconds, strict=True))
+        """Words per second of the median turn."""
+        return statistics.median(self.rates)
 
 
 class Trainer:
