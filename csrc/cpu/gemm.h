@@ -87,7 +87,7 @@ void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, i
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] = add ? load(c + m * ldc + n * W) : Vec<T>{};
+    for (int n = 0; n < N; ++n) acc[m][n] = Vec<T>{};
   }
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
   if constexpr (U == 1) {
@@ -98,7 +98,10 @@ void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, i
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(c + m * ldc + n * W, acc[m][n]);
+    for (int n = 0; n < N; ++n) {
+      T* out = c + m * ldc + n * W;
+      store(out, add ? load(out) + acc[m][n] : acc[m][n]);
+    }
   }
 }
 
@@ -128,14 +131,22 @@ inline detail::TileFunction<T> tile_function(int rows, int panel) {
   }
 }
 
+// Products summed in one go before they are added to C: a long sum of few large terms loses digits, and so much of a
+// panel stays in the first cache while all rows use it.
+inline constexpr int64_t kSumBlock = 128;
+
 // C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb.
 template <class T>
 inline void multiply_strided(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K,
                              int64_t rows, int panel, bool add) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-    tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda, lda, b, ldb, K, add);
+  for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
+    const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+      tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth,
+                                                add || k > 0);
+    }
   }
 }
 
