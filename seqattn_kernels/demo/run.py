@@ -43,7 +43,7 @@ def run(
     output: Path = Path("demo"),
     settings: Settings | None = None,
     held_out: int = HELD_OUT,
-    seconds: float | None = 180,
+    seconds: float | None = 220,
     console: Console | None = None,
 ) -> int:
     """Run the demo and write `alignment.png` and `speed.png` into `output`.
