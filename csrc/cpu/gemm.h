@@ -131,8 +131,7 @@ inline detail::TileFunction<T> tile_function(int rows, int panel) {
   }
 }
 
-// Products summed in one go before they are added to C: a long sum of few large terms loses digits, and so much of a
-// panel stays in the first cache while all rows use it.
+// Products summed in one go before they are added to C: one long sum would lose digits.
 inline constexpr int64_t kSumBlock = 128;
 
 // C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb.
@@ -140,12 +139,12 @@ template <class T>
 inline void multiply_strided(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K,
                              int64_t rows, int panel, bool add) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
-  for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
-    const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      tile_function<T>(int(end - begin), panel)(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth,
-                                                add || k > 0);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+    const auto function = tile_function<T>(int(end - begin), panel);
+    for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
+      const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
+      function(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth, add || k > 0);
     }
   }
 }
