@@ -37,6 +37,8 @@ X86_INSTRUCTION_SETS = {
     "avx2": ["-march=x86-64-v3"],
     "baseline": [],
 }
+# Sources of bfloat16 products are compiled for the processor's own instructions besides.
+X86_BFLOAT16 = {"avx512_bf16": [*X86_INSTRUCTION_SETS["avx512"], "-mavx512bf16"]}
 
 
 def build_mode() -> str:
@@ -121,8 +123,11 @@ class NinjaBuild(build_ext):
             objects = []
             for source in COMMON_SOURCES:
                 objects += n.build(f"{source.stem}.o", "compile", str(source))
-            for isa, isa_flags in (X86_INSTRUCTION_SETS if x86 else {"baseline": []}).items():
-                for source in KERNEL_SOURCES:
+            for source in KERNEL_SOURCES:
+                sets = X86_INSTRUCTION_SETS if x86 else {"baseline": []}
+                if x86 and source.stem.endswith("_bfloat16_kernels"):
+                    sets = sets | X86_BFLOAT16
+                for isa, isa_flags in sets.items():
                     options = " ".join([f"-DSEQATTN_ISA={isa}", *isa_flags])
                     objects += n.build(f"{source.stem}.{isa}.o", "compile", str(source), variables={"isa": options})
             n.build(str(target), "link", objects)

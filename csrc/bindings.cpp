@@ -13,8 +13,11 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the native part of seqattn_kernels was built with.";
-  m.def("active_instruction_set", [] { return std::string(seqattn::isa_name(seqattn::active_isa())); },
-        "The instruction set whose kernels run on this machine: 'avx512', 'avx2' or 'baseline'.");
+  m.def(
+      "active_instruction_set", [] { return std::string(seqattn::isa_name(seqattn::active_isa())); },
+      "The instruction set whose kernels run on this machine: 'avx512', 'avx2' or 'baseline'.");
+  m.def("has_bfloat16_instructions", &seqattn::has_bfloat16_instructions,
+        "Whether products of bfloat16 weights use the processor's own instructions for them.");
   m.def("built_instruction_sets", [] {
 #if defined(SEQATTN_HAVE_X86)
     return std::vector<std::string>{"avx512", "avx2", "baseline"};
@@ -22,13 +25,16 @@ PYBIND11_MODULE(_C, m) {
     return std::vector<std::string>{"baseline"};
 #endif
   });
-  m.def("cells", [] {
-    std::vector<std::string> names;
+  m.def(
+      "cells",
+      [] {
+        std::vector<std::string> names;
 #define SEQATTN_NAME(Cell) names.emplace_back(seqattn::Cell::kName);
-    SEQATTN_FOR_EACH_CELL(SEQATTN_NAME)
+        SEQATTN_FOR_EACH_CELL(SEQATTN_NAME)
 #undef SEQATTN_NAME
-    return names;
-  }, "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
+        return names;
+      },
+      "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
   m.def(
       "gang_size",
       [](int threads) {

@@ -24,8 +24,9 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "cell_bwd(int cell, Tensor input, Tensor? h, Tensor? c, Tensor[] weights, bool has_bias, Tensor reserve, "
       "Tensor? d_h, Tensor? d_c, bool need_input, bool need_weights) -> Tensor[]");
-  // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged.
-  m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias) -> Tensor[]");
+  // The weights of each direction in the order the kernels read them. Valid while the weights are unchanged. With
+  // `bfloat16` they are rounded and the tensors have that dtype: recurrence_fwd without `save` then rounds x and h too.
+  m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias, bool bfloat16=False) -> Tensor[]");
   // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:
   // attend) or added to the scores. A row that attends to nothing has zero weights and context.
   m.def("additive_pack(Tensor keys) -> Tensor");

@@ -19,11 +19,26 @@ Isa detect() {
   return Isa::baseline;
 }
 
+bool detect_bfloat16() {
+#if defined(SEQATTN_HAVE_X86)
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+  if (active_isa() != Isa::avx512 || (wish && std::strcmp(wish, "avx512") == 0)) return false;
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Isa active_isa() {
   static const Isa isa = detect();
   return isa;
+}
+
+bool has_bfloat16_instructions() {
+  static const bool has = detect_bfloat16();
+  return has;
 }
 
 const char* isa_name(Isa isa) {

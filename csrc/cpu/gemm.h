@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "simd.h"
+#include "operand.h"
 
 namespace seqattn::SEQATTN_ISA {
 
@@ -19,49 +19,59 @@ constexpr int max_rows(int n) {
   return kRegisters == 32 ? wide[n] : narrow[n];
 }
 
+template <class A>
+using SumOf = typename Operand<A>::Sum;
+
 namespace detail {
 
-template <class T, int M, int N, int U>
-SEQATTN_INLINE void accumulate(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class A, int M, int N, int U>
+SEQATTN_INLINE void accumulate(Vec<SumOf<A>> (&acc)[M][N], const A* a, int64_t lda, const A* b, int64_t ldb,
                                int64_t k_begin, int64_t k_end) {
-  constexpr int W = kLanes<T>;
+  constexpr int W = kLanes<A>;
   for (int64_t k = k_begin; k < k_end; k += U) {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      Vec<T> row[N];
+#pragma GCC unroll 2
+      for (int step = 0; step < Operand<A>::kSteps; ++step) {
+        decltype(Operand<A>::row(b, 0)) row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * ldb + n * W);
+        for (int n = 0; n < N; ++n) row[n] = Operand<A>::row(b + (k + u) * ldb + n * W, step);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> value = broadcast(a[m * lda + k + u]);
+        for (int m = 0; m < M; ++m) {
+          const auto value = Operand<A>::value(a[m * lda + k + u], step);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[m][n] += value * row[n];
+          for (int n = 0; n < N; ++n) Operand<A>::multiply_add(acc[m][n], value, row[n]);
+        }
       }
     }
   }
 }
 
 // Few accumulators leave the multipliers waiting for each other: U sets of them, summed at the end.
-template <class T, int M, int N, int U>
-SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
-  constexpr int W = kLanes<T>;
-  Vec<T> part[U][M][N] = {};
+template <class A, int M, int N, int U>
+SEQATTN_INLINE void accumulate_split(Vec<SumOf<A>> (&acc)[M][N], const A* a, int64_t lda, const A* b, int64_t ldb,
+                                     int64_t K) {
+  constexpr int W = kLanes<A>;
+  Vec<SumOf<A>> part[U][M][N] = {};
   int64_t k = 0;
   for (; k + U <= K; k += U) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      Vec<T> row[N];
+#pragma GCC unroll 2
+      for (int step = 0; step < Operand<A>::kSteps; ++step) {
+        decltype(Operand<A>::row(b, 0)) row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + (k + u) * ldb + n * W);
+        for (int n = 0; n < N; ++n) row[n] = Operand<A>::row(b + (k + u) * ldb + n * W, step);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> value = broadcast(a[m * lda + k + u]);
+        for (int m = 0; m < M; ++m) {
+          const auto value = Operand<A>::value(a[m * lda + k + u], step);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) part[u][m][n] += value * row[n];
+          for (int n = 0; n < N; ++n) Operand<A>::multiply_add(part[u][m][n], value, row[n]);
+        }
       }
     }
   }
-  accumulate<T, M, N, 1>(acc, a, lda, b, ldb, k, K);
+  accumulate<A, M, N, 1>(acc, a, lda, b, ldb, k, K);
 #pragma GCC unroll 8
   for (int step = 1; step < U; step *= 2) {
 #pragma GCC unroll 8
@@ -80,68 +90,69 @@ SEQATTN_INLINE void accumulate_split(Vec<T> (&acc)[M][N], const T* a, int64_t ld
   }
 }
 
-template <class T, int M, int N>
-void tile(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, bool add) {
-  constexpr int W = kLanes<T>;
-  Vec<T> acc[M][N];
+template <class A, int M, int N>
+void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K, bool add) {
+  constexpr int W = kLanes<A>;
+  Vec<SumOf<A>> acc[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] = Vec<T>{};
+    for (int n = 0; n < N; ++n) acc[m][n] = Vec<SumOf<A>>{};
   }
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
   if constexpr (U == 1) {
-    accumulate<T, M, N, 1>(acc, a, lda, b, ldb, 0, K);
+    accumulate<A, M, N, 1>(acc, a, lda, b, ldb, 0, K);
   } else {
-    accumulate_split<T, M, N, U>(acc, a, lda, b, ldb, K);
+    accumulate_split<A, M, N, U>(acc, a, lda, b, ldb, K);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      T* out = c + m * ldc + n * W;
+      SumOf<A>* out = c + m * ldc + n * W;
       store(out, add ? load(out) + acc[m][n] : acc[m][n]);
     }
   }
 }
 
-template <class T>
-using TileFunction = void (*)(T*, int64_t, const T*, int64_t, const T*, int64_t, int64_t, bool);
+template <class A>
+using TileFunction = void (*)(SumOf<A>*, int64_t, const A*, int64_t, const A*, int64_t, int64_t, bool);
 
-template <class T, int N, int... M>
-constexpr TileFunction<T> tile_of(int m, std::integer_sequence<int, M...>) {
-  constexpr TileFunction<T> table[] = {tile<T, M + 1, N>...};
+template <class A, int N, int... M>
+constexpr TileFunction<A> tile_of(int m, std::integer_sequence<int, M...>) {
+  constexpr TileFunction<A> table[] = {tile<A, M + 1, N>...};
   return table[m - 1];
 }
 
 }  // namespace detail
 
 // The product of `rows` rows of A (1 to max_rows(panel)) and a panel of `panel` vectors, added to C or written to it.
-template <class T>
-inline detail::TileFunction<T> tile_function(int rows, int panel) {
+template <class A>
+inline detail::TileFunction<A> tile_function(int rows, int panel) {
   switch (panel) {
     case 1:
-      return detail::tile_of<T, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
+      return detail::tile_of<A, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
     case 2:
-      return detail::tile_of<T, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
+      return detail::tile_of<A, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
     case 3:
-      return detail::tile_of<T, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
+      return detail::tile_of<A, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
     default:
-      return detail::tile_of<T, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
+      return detail::tile_of<A, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
   }
 }
 
-// Products summed in one go before they are added to C: one long sum would lose digits.
+// Operands summed in one go before they are added to C: one long sum would lose digits.
 inline constexpr int64_t kSumBlock = 128;
 
-// C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb.
-template <class T>
-inline void multiply_strided(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K,
+// C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb. K counts
+// operands: half the values of bfloat16.
+template <class A>
+inline void multiply_strided(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K,
                              int64_t rows, int panel, bool add) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-    const auto function = tile_function<T>(int(end - begin), panel);
+    const auto function = tile_function<A>(int(end - begin), panel);
     for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
       const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
       function(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth, add || k > 0);
@@ -150,10 +161,10 @@ inline void multiply_strided(T* c, int64_t ldc, const T* a, int64_t lda, const T
 }
 
 // The same with B a packed panel.
-template <class T>
-inline void multiply_panel(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t K, int64_t rows, int panel,
-                           bool add) {
-  multiply_strided(c, ldc, a, lda, b, int64_t(panel) * kLanes<T>, K, rows, panel, add);
+template <class A>
+inline void multiply_panel(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t K, int64_t rows,
+                           int panel, bool add) {
+  multiply_strided<A>(c, ldc, a, lda, b, int64_t(panel) * kLanes<A>, K, rows, panel, add);
 }
 
 namespace detail {

@@ -29,7 +29,8 @@ class RowPlan {
     if (input.dim() != rank) fail("input: expected ", rank, " dimensions, got shape ", shape_of(input));
     const int64_t* values = nullptr;
     if (sizes) {
-      if (sizes->scalar_type() != ScalarType::Long || sizes->dim() != 1 || !sizes->is_contiguous() || !sizes->is_cpu()) {
+      if (sizes->scalar_type() != ScalarType::Long || sizes->dim() != 1 || !sizes->is_contiguous() ||
+          !sizes->is_cpu()) {
         fail("sizes: expected a contiguous CPU tensor of int64 with one dimension");
       }
       values = sizes->const_data_ptr<int64_t>();
@@ -130,6 +131,16 @@ const RecurrenceKernels<T>& kernels() {
   }
 }
 
+template <class T>
+const ForwardKernels<T>& forward_kernels(bool bfloat16) {
+  if constexpr (sizeof(T) == 4) {
+    if (bfloat16) return SEQATTN_BFLOAT16_KERNELS(bfloat16_kernels);
+  } else if (bfloat16) {
+    fail("weights: expected float32 to round to bfloat16, got float64");
+  }
+  return kernels<T>();
+}
+
 // Checks the weights of every direction against the input and fills in their pointers and the sizes.
 template <class T>
 Sizes read_weights(const CellInfo& cell, int64_t input_size, const std::vector<Tensor>& weights, bool has_bias,
@@ -178,7 +189,8 @@ template <class T>
 int plan_threads(const CellInfo& cell, const Sizes& sizes, const Rows& rows, int directions, double passes) {
   const double products = passes * double(rows.first[rows.steps]) * cell.gates * double(sizes.hidden) *
                           double(sizes.input + sizes.output) * directions;
-  const double by_total = products / 2e5, by_step = products / directions / double(std::max<int64_t>(rows.steps, 1)) / 6e3;
+  const double by_total = products / 2e5,
+               by_step = products / directions / double(std::max<int64_t>(rows.steps, 1)) / 6e3;
   const int64_t most = directions * ((sizes.hidden + kUnitPad - 1) / kUnitPad);
   const double useful = std::min({by_total, std::max(by_step, double(directions)), double(most)});
   return int(std::clamp(useful, 1.0, double(torch::stable::get_num_threads())));
@@ -198,13 +210,10 @@ void prepare(Problem<T>* p, std::vector<BarrierFlag>* flags, int64_t pack_values
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const Tensor& input,
-                                                           const std::optional<Tensor>& sizes_or_lengths,
-                                                           int64_t layout, const std::optional<Tensor>& h0,
-                                                           const std::optional<Tensor>& c0,
-                                                           const std::vector<Tensor>& weights,
-                                                           const std::vector<Tensor>& packed, bool has_bias, bool save,
-                                                           bool cell_states) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    int64_t number, const Tensor& input, const std::optional<Tensor>& sizes_or_lengths, int64_t layout,
+    const std::optional<Tensor>& h0, const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& packed, bool has_bias, bool save, bool cell_states) {
   const CellInfo& cell = cell_info(number);
   const RowPlan plan(input, sizes_or_lengths, layout);
   const Rows& rows = plan.rows();
@@ -237,9 +246,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
   p.ld_output = D * sizes.output;
   p.ld_cell = D * sizes.hidden;
   p.directions = int(D);
-  const RecurrenceKernels<T>& k = kernels<T>();
-  const int64_t pack_values = k.packed_size(int(number), sizes);
   const bool prepacked = !packed.empty();
+  const bool bfloat16 = prepacked && packed[0].scalar_type() == ScalarType::BFloat16;
+  if (bfloat16 && save) fail("packed: expected no bfloat16 where gradients are wanted");
+  const ForwardKernels<T>& k = forward_kernels<T>(bfloat16);
+  const int64_t pack_values = k.packed_size(int(number), sizes);
   if (prepacked && int64_t(packed.size()) != D) fail("packed: expected ", D, " tensors, got ", packed.size());
   for (int64_t i = 0; i < D; ++i) {
     Direction<T>& d = p.direction[i] = directions[i];
@@ -251,13 +262,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const
     d.cn = cell.has_cell ? cn.mutable_data_ptr<T>() + i * B * sizes.hidden : nullptr;
     d.reserve = save ? reserve.mutable_data_ptr<T>() + i * reserve_values : nullptr;
     if (prepacked) {
-      check_tensor("packed", packed[i], dtype_of<T>(), {pack_values});
-      d.packed = const_cast<T*>(packed[i].const_data_ptr<T>());
+      if (bfloat16) {
+        check_tensor("packed", packed[i], ScalarType::BFloat16, {2 * pack_values});
+      } else {
+        check_tensor("packed", packed[i], dtype_of<T>(), {pack_values});
+      }
+      d.packed = static_cast<T*>(const_cast<void*>(packed[i].const_data_ptr()));
     }
   }
   p.threads = plan_threads<T>(cell, sizes, rows, int(D), 1.0);
   // Pre-activations of a chunk should stay in a core's cache beside a panel of weights.
-  const int64_t row_bytes = cell.slots * padded(sizes.hidden) * int64_t(sizeof(T)) / std::max<int64_t>(1, p.threads / D);
+  const int64_t row_bytes =
+      cell.slots * padded(sizes.hidden) * int64_t(sizeof(T)) / std::max<int64_t>(1, p.threads / D);
   p.chunk_rows = std::min(std::max<int64_t>(rows.first[rows.steps], 1),
                           std::max(B, std::clamp<int64_t>((256 << 10) / std::max<int64_t>(row_bytes, 1), 24, 256)));
   if (prepacked) {
@@ -279,8 +295,8 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     int64_t number, const Tensor& input, const std::optional<Tensor>& sizes_or_lengths, int64_t layout,
     const std::optional<Tensor>& h0, const std::optional<Tensor>& c0, const std::vector<Tensor>& weights, bool has_bias,
-    const Tensor& reserve, const std::optional<Tensor>& d_output, const std::optional<Tensor>& d_hn, const std::optional<Tensor>& d_cn, const std::optional<Tensor>& d_cell_states,
-    bool need_input, bool need_weights) {
+    const Tensor& reserve, const std::optional<Tensor>& d_output, const std::optional<Tensor>& d_hn,
+    const std::optional<Tensor>& d_cn, const std::optional<Tensor>& d_cell_states, bool need_input, bool need_weights) {
   const CellInfo& cell = cell_info(number);
   const RowPlan plan(input, sizes_or_lengths, layout);
   const Rows& rows = plan.rows();
@@ -360,16 +376,18 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
 }
 
 template <class T>
-std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias) {
+std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, bool bfloat16) {
   const CellInfo& cell = cell_info(number);
   std::vector<Direction<T>> directions;
   if (weights.empty() || weights[0].dim() != 2) fail("weights: expected weight_ih [G*H, I] first");
   const Sizes sizes = read_weights<T>(cell, weights[0].size(1), weights, has_bias, &directions);
-  const RecurrenceKernels<T>& k = kernels<T>();
+  const ForwardKernels<T>& k = forward_kernels<T>(bfloat16);
+  const int64_t size = k.packed_size(int(number), sizes);
   std::vector<Tensor> packed;
   for (Direction<T>& d : directions) {
-    packed.push_back(torch::stable::new_empty(weights[0], {k.packed_size(int(number), sizes)}));
-    d.packed = packed.back().template mutable_data_ptr<T>();
+    packed.push_back(bfloat16 ? torch::stable::new_empty(weights[0], {2 * size}, ScalarType::BFloat16)
+                              : torch::stable::new_empty(weights[0], {size}));
+    d.packed = static_cast<T*>(packed.back().mutable_data_ptr());
     run_gang(int(torch::stable::get_num_threads()), [&](Gang& gang) { k.pack(int(number), sizes, d, gang); });
   }
   return packed;
@@ -395,9 +413,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_bwd_cpu(
   });
 }
 
-std::vector<Tensor> recurrence_pack_cpu(int64_t cell, std::vector<Tensor> weights, bool has_bias) {
+std::vector<Tensor> recurrence_pack_cpu(int64_t cell, std::vector<Tensor> weights, bool has_bias, bool bfloat16) {
   if (weights.empty()) fail("weights: expected tensors, got an empty list");
-  return with_dtype(weights[0], [&](auto t) { return pack<decltype(t)>(cell, weights, has_bias); });
+  return with_dtype(weights[0], [&](auto t) { return pack<decltype(t)>(cell, weights, has_bias, bfloat16); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqattn, CPU, m) {

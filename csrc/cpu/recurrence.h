@@ -51,7 +51,7 @@ struct Direction {
   T* cell_states;    // rows of hidden values or null
   T *hn, *cn;        // [batch, output], [batch, hidden]
   T* reserve;        // [compact rows][reserved][padded(hidden)] or null
-  T* packed;         // packed_size() values: given, or to be filled as far as WeightUse says
+  T* packed;         // packed_size() values, each in the place of a T: given, or to be filled as WeightUse says
 
   // Backward only; gradients that are null are zero (d_*n, d_output) or not wanted (others).
   const T *d_output, *d_cell_states, *d_hn, *d_cn;
@@ -84,11 +84,15 @@ struct Problem {
 };
 
 template <class T>
-struct RecurrenceKernels {
+struct ForwardKernels {
   int64_t (*packed_size)(int cell, const Sizes&);
   void (*pack)(int cell, const Sizes&, Direction<T>&, Gang&);
   void (*forward_scratch)(int cell, Problem<T>*);
   void (*forward)(int cell, const Problem<T>&, Gang&);
+};
+
+template <class T>
+struct RecurrenceKernels : ForwardKernels<T> {
   void (*backward_scratch)(int cell, Problem<T>*);
   void (*backward)(int cell, const Problem<T>&, Gang&);
 };
@@ -99,5 +103,9 @@ struct RecurrenceTable {
 };
 
 SEQATTN_DECLARE_KERNELS(RecurrenceTable, recurrence_kernels)
+
+// Weights, x and h rounded to bfloat16 for the products, sums and all else in float.
+using Bfloat16Table = ForwardKernels<float>;
+SEQATTN_DECLARE_BFLOAT16_KERNELS(Bfloat16Table, bfloat16_kernels)
 
 }  // namespace seqattn

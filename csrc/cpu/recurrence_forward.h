@@ -3,142 +3,44 @@
 // A panel is the gates of one to a few vectors of hidden units. Input projections are made for some steps at a time,
 // panel by panel, into rows of pre-activations [slot][units]; each step then adds W_hh h to its rows, applies the cell
 // and writes h for the next step. Threads share the panels and meet once a step.
+//
+// A is the type of operands (operand.h): T itself, or pairs of bfloat16. Then weights, rows of x and a copy of h are
+// rounded; the products' sums, h, c and everything else stay in T, W_hr and its operand included.
 #pragma once
 
-#include "gemm.h"
-#include "recurrence.h"
+#include "packed_weights.h"
+#include "with_cell.h"
 
 namespace seqattn::SEQATTN_ISA {
-
-// n vectors cut into groups of nearly equal size, none above kMaxPanel, and at least two so that two threads have work.
-struct Groups {
-  int64_t vectors, groups;
-  explicit Groups(int64_t vectors_, int64_t most = kMaxPanel) : vectors(vectors_) {
-    groups = (vectors + most - 1) / most;
-    if (groups < 2 && vectors > 1) groups = 2;
-  }
-  int64_t begin(int64_t g) const { return vectors * g / groups; }
-};
-
-template <class T>
-constexpr int64_t vectors_of(int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T>;
-}
-
-template <class Cell, class T>
-struct PackedWeights {
-  static constexpr int W = kLanes<T>;
-  static constexpr int kUnits = Cell::kGates == 1 ? kMaxPanel : 1;  // vectors of units in a panel
-  // Gates multiplied at a time: four would leave room for few rows, and weights would be read more often.
-  static constexpr int kPart = Cell::kGates == 4 ? 2 : Cell::kGates;
-
-  Sizes sizes;
-  Groups panels, projections;
-  T *ih, *hh, *bias, *hr;
-
-  // Layout: W_ih [panel][part][I][gate][units], W_hh [panel][part][output][gate][units], bias [panel][slot][units],
-  // W_hr [group][H][outputs].
-  PackedWeights(const Sizes& s, T* data)
-      : sizes(s), panels(vectors_of<T>(s.hidden), kUnits), projections(vectors_of<T>(s.output)) {
-    const int64_t width = vectors_of<T>(s.hidden) * W;
-    ih = data;
-    hh = ih + Cell::kGates * width * s.input;
-    bias = hh + Cell::kGates * width * s.output;
-    hr = bias + Cell::kSlots * width;
-  }
-
-  static int64_t size(const Sizes& s) {
-    const int64_t width = padded(s.hidden);
-    return Cell::kGates * width * (s.input + s.output) + Cell::kSlots * width +
-           (s.projected ? padded(s.output) * s.hidden : 0);
-  }
-
-  T* ih_panel(int64_t p) const { return ih + panels.begin(p) * W * Cell::kGates * sizes.input; }
-  T* hh_panel(int64_t p) const { return hh + panels.begin(p) * W * Cell::kGates * sizes.output; }
-  T* bias_panel(int64_t p) const { return bias + panels.begin(p) * W * Cell::kSlots; }
-  T* hr_group(int64_t g) const { return hr + projections.begin(g) * W * sizes.hidden; }
-
-  // pre[row][gate][units] += a[row][K] times a panel.
-  static void multiply(T* pre, int64_t ld, const T* a, int64_t lda, const T* panel, int64_t K, int64_t rows,
-                       int64_t units) {
-    for (int gate = 0; gate < Cell::kGates; gate += kPart) {
-      multiply_panel(pre + gate * units * W, ld, a, lda, panel + gate * units * W * K, K, rows, int(kPart * units), true);
-    }
-  }
-};
-
-// out[part][k][gate][unit] of one panel from torch's w[gate * H + unit][k].
-template <class Cell, class T>
-void pack_panel(T* out, const T* w, int64_t K, int64_t hidden, int64_t first_vector, int64_t units,
-                int (*gate_of)(int), int first_slot) {
-  constexpr int W = kLanes<T>, kPart = PackedWeights<Cell, T>::kPart;
-  const int64_t ld = kPart * units * W;
-  for (int slot = 0; slot < Cell::kGates; ++slot) {
-    T* part = out + slot / kPart * K * ld;
-    for (int64_t v = 0; v < units; ++v) {
-      const int64_t unit = (first_vector + v) * W;
-      const int64_t rows = hidden - unit < W ? hidden - unit : W;
-      transpose_strip(part + (slot % kPart * units + v) * W, ld, w + (gate_of(first_slot + slot) * hidden + unit) * K, K,
-                      rows, K);
-    }
-  }
-}
-
-// This thread's share of the packed weights; biases and W_hr always, W_ih and W_hh where asked.
-template <class Cell, class T>
-void pack_weights(const Sizes& sizes, const Direction<T>& d, Gang& gang, bool ih = true, bool hh = true) {
-  constexpr int W = kLanes<T>;
-  constexpr int kHSlot = Cell::kSlots - Cell::kGates;
-  const PackedWeights<Cell, T> packed(sizes, d.packed);
-  int64_t begin, end;
-  gang.share(packed.panels.groups, &begin, &end);
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t first = packed.panels.begin(p), units = packed.panels.begin(p + 1) - first;
-    if (ih) pack_panel<Cell>(packed.ih_panel(p), d.w_ih, sizes.input, sizes.hidden, first, units, &Cell::x_gate, 0);
-    if (hh) {
-      pack_panel<Cell>(packed.hh_panel(p), d.w_hh, sizes.output, sizes.hidden, first, units, &Cell::h_gate, kHSlot);
-    }
-    for (int slot = 0; slot < Cell::kSlots; ++slot) {
-      for (int64_t v = 0; v < units; ++v) {
-        const int64_t unit = (first + v) * W, n = sizes.hidden - unit;
-        Vec<T> sum{};
-        if (d.b_ih && slot < Cell::kGates) sum += load_partial(d.b_ih + Cell::x_gate(slot) * sizes.hidden + unit, n);
-        if (d.b_hh && slot >= kHSlot) sum += load_partial(d.b_hh + Cell::h_gate(slot) * sizes.hidden + unit, n);
-        store(packed.bias_panel(p) + (slot * units + v) * W, sum);
-      }
-    }
-  }
-  if (!sizes.projected) return;
-  gang.share(packed.projections.groups, &begin, &end);
-  for (int64_t g = begin; g < end; ++g) {
-    const int64_t first = packed.projections.begin(g), n = packed.projections.begin(g + 1) - first;
-    for (int64_t v = 0; v < n; ++v) {
-      const int64_t column = (first + v) * W;
-      const int64_t rows = sizes.output - column < W ? sizes.output - column : W;
-      transpose_strip(packed.hr_group(g) + v * W, n * W, d.w_hr + column * sizes.hidden, sizes.hidden, rows,
-                      sizes.hidden);
-    }
-  }
-}
 
 // Rows of scratch are apart by a little more than a power of two, or they would fall into the same cache sets.
 inline int64_t row_stride(int64_t n) { return padded(n) + kUnitPad; }
 
-template <class Cell, class T>
+template <class A>
+constexpr bool kRounded = Operand<A>::kDepth > 1;
+
+// Operands between rows of gathered or rounded input.
+template <class A>
+int64_t input_stride(int64_t n) {
+  return kRounded<A> ? row_stride(depth<A>(n)) : padded(n);
+}
+
+template <class Cell, class T, class A = T>
 void forward_scratch(Problem<T>* p) {
   const Sizes& s = p->sizes;
   const int64_t batch = p->rows.batch;
-  // Two generations of h, c, and the h of the cell before it is projected.
-  p->shared_scratch = batch * (2 * row_stride(s.output) + (Cell::kHasCell ? 1 : 0) * padded(s.hidden) +
-                               (s.projected ? row_stride(s.hidden) : 0));
-  p->thread_scratch = p->chunk_rows * (Cell::kSlots * padded(s.hidden) + padded(s.input));
+  // Two generations of h (and of its operands where they are rounded), c, and the h of the cell before it is projected.
+  p->shared_scratch =
+      batch * (2 * row_stride(s.output) + (Cell::kHasCell ? 1 : 0) * padded(s.hidden) +
+               (s.projected ? row_stride(s.hidden) : 0) + (kRounded<A> ? 2 * row_stride(depth<A>(s.output)) : 0));
+  p->thread_scratch = p->chunk_rows * (Cell::kSlots * padded(s.hidden) + input_stride<A>(s.input));
   if (p->ih == WeightUse::in_cache || p->hh == WeightUse::in_cache) {
-    const int64_t width = Cell::kGates * PackedWeights<Cell, T>::kUnits * kLanes<T>;
-    p->thread_scratch += width * (s.input > s.output ? s.input : s.output);
+    const int64_t width = Cell::kGates * PackedWeights<Cell, T, A>::kUnits * kLanes<T>;
+    p->thread_scratch += width * depth<A>(s.input > s.output ? s.input : s.output);
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class A = T>
 class ForwardDirection {
  public:
   ForwardDirection(const Problem<T>& problem, int index, T* shared, T* own, Gang& gang)
@@ -150,14 +52,22 @@ class ForwardDirection {
         gang_(gang),
         ldh_(row_stride(sizes_.output)),
         ldc_(padded(sizes_.hidden)),
-        ldf_(row_stride(sizes_.hidden)) {
+        ldf_(row_stride(sizes_.hidden)),
+        lda_(kRounded<A> ? row_stride(depth<A>(sizes_.output)) : ldh_) {
     h_[0] = shared;
     h_[1] = h_[0] + rows_.batch * ldh_;
     c_ = h_[1] + rows_.batch * ldh_;
     full_ = c_ + (Cell::kHasCell ? rows_.batch * ldc_ : 0);
+    if constexpr (kRounded<A>) {
+      a_[0] = reinterpret_cast<A*>(full_ + (sizes_.projected ? rows_.batch * ldf_ : 0));
+      a_[1] = a_[0] + rows_.batch * lda_;
+    } else {
+      a_[0] = h_[0];
+      a_[1] = h_[1];
+    }
     pre_ = own;
-    x_ = own + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden);
-    panel_ = x_ + p_.chunk_rows * padded(sizes_.input);
+    x_ = reinterpret_cast<A*>(own + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden));
+    panel_ = x_ + p_.chunk_rows * input_stride<A>(sizes_.input);
     gang_.share(packed_.panels.groups, &panel_begin_, &panel_end_);
   }
 
@@ -204,6 +114,9 @@ class ForwardDirection {
         __builtin_memset(h + i * ldh_, 0, std::size_t(ldh_) * sizeof(T));
         if (d_.h0) copy_row(h + i * ldh_, d_.h0 + b * sizes_.output, sizes_.output);
       }
+      if constexpr (kRounded<A>) {
+        for (A* operands : a_) round_row(operands + i * lda_, h_[0] + i * ldh_, sizes_.output);
+      }
       if constexpr (Cell::kHasCell) {
         __builtin_memset(c_ + i * ldc_, 0, std::size_t(ldc_) * sizeof(T));
         if (d_.c0) copy_row(c_ + i * ldc_, d_.c0 + b * sizes_.hidden, sizes_.hidden);
@@ -214,17 +127,23 @@ class ForwardDirection {
   // Pre-activations W_ih x + b of this thread's panels for steps [t0, t1), in time order.
   void project_inputs(int64_t t0, int64_t t1) {
     const int64_t n = rows_.first[t1] - rows_.first[t0];
-    const T* x = p_.input + (rows_.step_row[0] + rows_.first[t0]) * p_.ld_input;
-    int64_t ldx = p_.ld_input;
-    if (!rows_.dense) {
-      ldx = padded(sizes_.input);
-      T* out = x_;
+    const A* x = x_;
+    int64_t ldx = input_stride<A>(sizes_.input);
+    if (kRounded<A> || !rows_.dense) {
+      A* out = x_;
       for (int64_t t = t0; t < t1; ++t) {
         for (int64_t i = 0; i < rows_.active[t]; ++i, out += ldx) {
-          copy_row(out, p_.input + rows_.row(t, i) * p_.ld_input, sizes_.input);
+          const T* row = p_.input + rows_.row(t, i) * p_.ld_input;
+          if constexpr (kRounded<A>) {
+            round_row(out, row, sizes_.input);
+          } else {
+            copy_row(out, row, sizes_.input);
+          }
         }
       }
-      x = x_;
+    } else if constexpr (!kRounded<A>) {
+      x = p_.input + (rows_.step_row[0] + rows_.first[t0]) * p_.ld_input;
+      ldx = p_.ld_input;
     }
     for (int64_t p = panel_begin_; p < panel_end_; ++p) {
       const int64_t units = packed_.panels.begin(p + 1) - packed_.panels.begin(p);
@@ -239,7 +158,7 @@ class ForwardDirection {
   }
 
   // pre[row][slot][units] += a[row][K] times the weights of panel p: torch's w[gate * H + unit][K], packed in `panel`.
-  void multiply(WeightUse use, int64_t p, T* pre, const T* a, int64_t lda, const T* w, const T* panel, int64_t K,
+  void multiply(WeightUse use, int64_t p, T* pre, const A* a, int64_t lda, const T* w, const A* panel, int64_t K,
                 int64_t rows, int first_slot, int (*gate_of)(int)) {
     const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
     if (use != WeightUse::in_place) {
@@ -247,14 +166,16 @@ class ForwardDirection {
         pack_panel<Cell>(panel_, w, K, sizes_.hidden, first, units, gate_of, first_slot);
         panel = panel_;
       }
-      packed_.multiply(pre + first_slot * units * W, Cell::kSlots * units * W, a, lda, panel, K, rows, units);
+      packed_.multiply(pre + first_slot * units * W, Cell::kSlots * units * W, a, lda, panel, depth<A>(K), rows, units);
       return;
     }
-    for (int slot = first_slot; slot < first_slot + Cell::kGates; ++slot) {
-      for (int64_t v = 0; v < units; ++v) {
-        const int64_t unit = (first + v) * W, left = sizes_.hidden - unit;
-        const DotProduct<T> product{a, lda, w + (gate_of(slot) * sizes_.hidden + unit) * K, K};
-        multiply_dots(pre + (slot * units + v) * W, Cell::kSlots * units * W, &product, 1, rows, left < W ? left : W);
+    if constexpr (!kRounded<A>) {
+      for (int slot = first_slot; slot < first_slot + Cell::kGates; ++slot) {
+        for (int64_t v = 0; v < units; ++v) {
+          const int64_t unit = (first + v) * W, left = sizes_.hidden - unit;
+          const DotProduct<T> product{a, lda, w + (gate_of(slot) * sizes_.hidden + unit) * K, K};
+          multiply_dots(pre + (slot * units + v) * W, Cell::kSlots * units * W, &product, 1, rows, left < W ? left : W);
+        }
       }
     }
   }
@@ -274,9 +195,10 @@ class ForwardDirection {
       const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
       const int64_t ld = Cell::kSlots * units * W;
       T* pre = pre_panel(p) + (compact - chunk_first) * ld;
-      multiply(p_.hh, p, pre, h_[0], ldh_, d_.w_hh, packed_.hh_panel(p), sizes_.output, n, kHSlot, Cell::h_gate);
+      multiply(p_.hh, p, pre, a_[0], lda_, d_.w_hh, packed_.hh_panel(p), sizes_.output, n, kHSlot, Cell::h_gate);
       for (int64_t i = 0; i < n; ++i) {
-        for (int64_t v = 0; v < units; ++v) apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);
+        for (int64_t v = 0; v < units; ++v)
+          apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);
       }
     }
     gang_.barrier();
@@ -287,6 +209,9 @@ class ForwardDirection {
     T* next = h_[1];
     h_[1] = h_[0];
     h_[0] = next;
+    A* next_operands = a_[1];
+    a_[1] = a_[0];
+    a_[0] = next_operands;
   }
 
   void apply_cell(int64_t t, int64_t i, int64_t compact, const T* pre, int64_t slot_stride, int64_t unit) {
@@ -305,6 +230,7 @@ class ForwardDirection {
       store(full_ + i * ldf_ + unit, h_new);
     } else {
       store(h_[1] + i * ldh_ + unit, h_new);
+      if constexpr (kRounded<A>) round_vector(a_[1] + i * lda_ + unit / Operand<A>::kDepth, h_new);
       store_partial(d_.output + rows_.row(t, i) * p_.ld_output + unit, h_new, left);
     }
     if (d_.reserve) {
@@ -326,7 +252,9 @@ class ForwardDirection {
       for (int64_t i = 0; i < n; ++i) {
         const T* h = h_[1] + i * ldh_ + column;
         copy_row(d_.output + rows_.row(t, i) * p_.ld_output + column, h, left);
-        if (d_.reserve) copy_row(d_.reserve + ((rows_.first[t] + i) * kReserved + Cell::kSaved) * ldc_ + column, h, width);
+        if constexpr (kRounded<A>) round_row(a_[1] + i * lda_ + column / Operand<A>::kDepth, h, left);
+        if (d_.reserve)
+          copy_row(d_.reserve + ((rows_.first[t] + i) * kReserved + Cell::kSaved) * ldc_ + column, h, width);
       }
     }
   }
@@ -355,15 +283,16 @@ class ForwardDirection {
   const Direction<T>& d_;
   const Rows& rows_;
   const Sizes& sizes_;
-  const PackedWeights<Cell, T> packed_;
+  const PackedWeights<Cell, T, A> packed_;
   Gang& gang_;
-  const int64_t ldh_, ldc_, ldf_;
+  const int64_t ldh_, ldc_, ldf_, lda_;
   T* h_[2];   // previous, next: [batch][ldh_]
   T* c_;      // [batch][ldc_]
   T* full_;   // [batch][ldf_]
+  A* a_[2];   // h_ as operands: [batch][lda_]
   T* pre_;    // this thread's: [panel][chunk row][slot][units]
-  T* x_;      // this thread's: [chunk row][padded(input)]
-  T* panel_;  // this thread's: one panel of W_ih or W_hh
+  A* x_;      // this thread's: [chunk row][input_stride]
+  A* panel_;  // this thread's: one panel of W_ih or W_hh
   int64_t panel_begin_, panel_end_;
 };
 
@@ -383,14 +312,32 @@ void for_each_direction(const Problem<T>& p, Gang& gang, F&& run) {
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class A = T>
 void forward(const Problem<T>& p, Gang& gang) {
   for_each_direction(p, gang, [&](int d, T* shared, T* own, Gang& team) {
     if (p.hh != WeightUse::given) {
-      pack_weights<Cell, T>(p.sizes, p.direction[d], team, p.ih == WeightUse::packed, p.hh == WeightUse::packed);
+      pack_weights<Cell, T, A>(p.sizes, p.direction[d], team, p.ih == WeightUse::packed, p.hh == WeightUse::packed);
     }
-    ForwardDirection<Cell, T>(p, d, shared, own, team).run();
+    ForwardDirection<Cell, T, A>(p, d, shared, own, team).run();
   });
+}
+
+template <class T, class A = T>
+constexpr ForwardKernels<T> forward_kernels() {
+  return {
+      [](int number, const Sizes& sizes) {
+        return with_cell(number, [&](auto cell) { return PackedWeights<decltype(cell), T, A>::size(sizes); });
+      },
+      [](int number, const Sizes& sizes, Direction<T>& d, Gang& gang) {
+        with_cell(number, [&](auto cell) { pack_weights<decltype(cell), T, A>(sizes, d, gang); });
+      },
+      [](int number, Problem<T>* p) {
+        with_cell(number, [&](auto cell) { forward_scratch<decltype(cell), T, A>(p); });
+      },
+      [](int number, const Problem<T>& p, Gang& gang) {
+        with_cell(number, [&](auto cell) { forward<decltype(cell), T, A>(p, gang); });
+      },
+  };
 }
 
 }  // namespace seqattn::SEQATTN_ISA

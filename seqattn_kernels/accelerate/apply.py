@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from seqattn_kernels.accelerate.classes import accelerated_class, restored_class
 from seqattn_kernels.accelerate.registry import decide
-from seqattn_kernels.nn.freezing import freeze, thaw
+from seqattn_kernels.nn.freezing import freeze, thaw, weights_dtype
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -18,7 +19,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 MARK = "_accelerated_from"
 
 
-def accelerate(model: ModelT, *, frozen: bool = False, verbose: bool = False) -> ModelT:
+def accelerate(
+    model: ModelT, *, frozen: bool = False, weights: str | torch.dtype | None = None, verbose: bool = False
+) -> ModelT:
     """Make the recurrent modules of ``model`` faster, in place, without changing what they compute.
 
     Modules that torch.nn built (RNN, GRU, LSTM and their cells), and those of classes registered with
@@ -33,6 +36,8 @@ def accelerate(model: ModelT, *, frozen: bool = False, verbose: bool = False) ->
         model: any module; a recurrent one itself is fine.
         frozen: promise that weights stay as they are until ``unfreeze(model)`` or ``restore(model)``, so that they are
             packed once; for inference only, see ``frozen``.
+        weights: with ``frozen``, "bfloat16" or torch.bfloat16 rounds weights to it, which changes results in their
+            third digit; see ``frozen``.
         verbose: print the report.
 
     Returns:
@@ -40,10 +45,13 @@ def accelerate(model: ModelT, *, frozen: bool = False, verbose: bool = False) ->
 
     Raises:
         TypeError: ``model`` is not a module, or a registered function returned none.
+        ValueError: ``weights`` is none of these, was given without ``frozen``, or meets modules that are not float32.
     """
+    if weights_dtype(weights) is not None and not frozen:
+        raise ValueError(f"weights: expected None unless frozen=True, got {weights!r}")
     model = _accelerate(_checked(model), {})
     if frozen:
-        freeze(model)
+        freeze(model, weights=weights)
     if verbose:
         from rich.console import Console
 

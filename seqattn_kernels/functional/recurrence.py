@@ -122,19 +122,39 @@ def rnn(
 
 
 def pack_weights(
-    cell: str, weights: Weights, *, num_layers: int = 1, bias: bool = True, bidirectional: bool = False
+    cell: str,
+    weights: Weights,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PackedWeights | None:
     """What the native kernels make of the weights before they can run, to be made once and passed to every call.
 
     cell: "lstm", "gru", "rnn_tanh" or "rnn_relu". None where no native kernel would use it. The result goes stale with
     any change of the weights, which nothing detects here: `seqattn_kernels.frozen` does.
+
+    dtype: None, or torch.bfloat16 to round float32 weights w_ih and w_hh to it. What they are multiplied with, the
+    input and the last step's h, is then rounded as well (to nearest even); sums, gates, states, biases, w_hr and
+    results stay float32. For whole sequences without gradients; a single step takes none of these.
+
+    Raises:
+        ValueError: ``dtype`` is another one, or bfloat16 with weights that are not float32.
     """
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype: expected None or torch.bfloat16, got {dtype}")
+    if dtype is not None and any(w.dtype != torch.float32 for w in weights):
+        found = next(w.dtype for w in weights if w.dtype != torch.float32)
+        raise ValueError(f"weights: expected torch.float32 to round to bfloat16, got {found}")
     request = backends.Request(cell, weights[0].device, weights[0].dtype, 1, 1, 1, False)
     if backends.choose(backends.RECURRENCE, request) != "cpu":
         return None
     per_layer = len(weights) // num_layers
     return [
-        ops.recurrence.pack_recurrence(cell, [_widen(w) for w in weights[i * per_layer : (i + 1) * per_layer]], bias)
+        ops.recurrence.pack_recurrence(
+            cell, [_widen(w) for w in weights[i * per_layer : (i + 1) * per_layer]], bias, dtype is not None
+        )
         for i in range(num_layers)
     ]
 

@@ -23,13 +23,15 @@ class Frozen:
     place (``_version``). Writing through ``weight.data`` leaves no trace: that much the caller promises.
     """
 
-    __slots__ = ("_alive", "_kept", "holders", "packed", "weights")
+    __slots__ = ("_alive", "_kept", "dtype", "holders", "packed", "weights")
 
-    def __init__(self, module: Freezable) -> None:
+    def __init__(self, module: Freezable, dtype: torch.dtype | None) -> None:
         self.holders: set[Hashable] = set()
+        self.dtype = dtype
         with torch.no_grad():
             self.weights = module._read_weights()
-            self.packed = module._pack_weights(self.weights)
+            pack = module._pack_weights if dtype is None else module._pack_bfloat16
+            self.packed = pack(self.weights)
         sources = _sources(module)
         self._kept = [(tensor, *_stamp(tensor)) for tensor in sources]
         # Holding the memory itself keeps its address from being handed to other weights.
@@ -101,6 +103,10 @@ class Freezable(nn.Module):
     def _pack_weights(self, weights: Sequence[Tensor | None]) -> Any:
         raise NotImplementedError
 
+    def _pack_bfloat16(self, weights: Sequence[Tensor | None]) -> Any:
+        """The same rounded to bfloat16, of modules that have kernels for it."""
+        return self._pack_weights(weights)
+
     def _weights(self) -> tuple[Sequence[Any], Any]:
         """The weights to compute with, and their packed form where frozen."""
         if self._frozen is None:
@@ -143,11 +149,25 @@ class Freezable(nn.Module):
         return replica
 
 
-def _hold(module: Freezable, holder: Hashable) -> None:
+def weights_dtype(weights: Any) -> torch.dtype | None:
+    """The dtype that the argument ``weights`` asks for."""
+    if weights is None:
+        return None
+    if weights == "bfloat16" or weights is torch.bfloat16:
+        return torch.bfloat16
+    raise ValueError(f"weights: expected None, 'bfloat16' or torch.bfloat16, got {weights!r}")
+
+
+def _hold(module: Freezable, holder: Hashable, dtype: torch.dtype | None) -> None:
     if module._frozen is None:
-        module._frozen = Frozen(module)
+        module._frozen = Frozen(module, dtype)
     else:
         module._frozen.check(module)
+        if dtype is not None and module._frozen.dtype != dtype:
+            raise RuntimeError(
+                f"{type(module).__name__}: its weights are frozen as they are; leave that frozen scope (or call "
+                f"unfreeze) before freezing them in {dtype}"
+            )
     module._frozen.holders.add(holder)
 
 
@@ -167,20 +187,21 @@ def thaw(module: nn.Module) -> None:
 _UNTIL_UNFREEZE = "unfreeze"
 
 
-def _hold_all(model: nn.Module, holder: Hashable) -> list[Freezable]:
+def _hold_all(model: nn.Module, holder: Hashable, dtype: torch.dtype | None) -> list[Freezable]:
     modules = [module for module in model.modules() if isinstance(module, Freezable)]
+    new = [module for module in modules if module._frozen is None or holder not in module._frozen.holders]
     try:
         for module in modules:
-            _hold(module, holder)
+            _hold(module, holder, dtype)
     except BaseException:
-        for module in modules:
+        for module in new:
             _release(module, holder)
         raise
     return modules
 
 
 @contextmanager
-def frozen(model: ModelT) -> Iterator[ModelT]:
+def frozen(model: ModelT, *, weights: str | torch.dtype | None = None) -> Iterator[ModelT]:
     """A scope for inference in which the weights of the package's modules in ``model`` are packed once and kept.
 
     Inside, RuntimeError is raised by a change of their weights (assignment, ``load_state_dict``, a conversion by
@@ -188,13 +209,24 @@ def frozen(model: ModelT) -> Iterator[ModelT]:
     The one thing that goes unseen is writing through ``weight.data``: don't. Scopes nest; a copy of the model is not
     frozen. Packed weights take as much memory again as the weights.
 
+    Args:
+        weights: "bfloat16" or torch.bfloat16 rounds the weights that multiply inputs and states to bfloat16, and inputs
+            and states for these products; sums, gates, states and results stay float32. For whole-sequence modules in
+            float32; cells, and modules that no native kernel serves, keep their weights as they are. Results depend on
+            the processor's bfloat16 instructions only in their last float32 digits (and where numbers are denormal).
+            None keeps weights as they are, or as an outer scope has them.
+
+    Raises:
+        ValueError: ``weights`` is another one, or bfloat16 where a module's weights are not float32.
+        RuntimeError: weights are frozen in another form already.
+
     Example:
         >>> with seqattn_kernels.frozen(model), torch.inference_mode():
         ...     for batch in batches:
         ...         model(batch)
     """
     holder = object()
-    modules = _hold_all(model, holder)
+    modules = _hold_all(model, holder, weights_dtype(weights))
     try:
         yield model
     finally:
@@ -202,9 +234,9 @@ def frozen(model: ModelT) -> Iterator[ModelT]:
             _release(module, holder)
 
 
-def freeze(model: ModelT) -> ModelT:
+def freeze(model: ModelT, *, weights: str | torch.dtype | None = None) -> ModelT:
     """As ``frozen``, until ``unfreeze(model)``."""
-    _hold_all(model, _UNTIL_UNFREEZE)
+    _hold_all(model, _UNTIL_UNFREEZE, weights_dtype(weights))
     return model
 
 

@@ -38,8 +38,19 @@ class _Recurrent(Freezable, RNNBase):
         return self._flat_weights_names
 
     def _pack_weights(self, weights: Sequence[Any]) -> Any:
+        return self._pack(weights, None)
+
+    def _pack_bfloat16(self, weights: Sequence[Any]) -> Any:
+        return self._pack(weights, torch.bfloat16)
+
+    def _pack(self, weights: Sequence[Any], dtype: torch.dtype | None) -> Any:
         return functional.pack_weights(
-            self.mode.lower(), weights, num_layers=self.num_layers, bias=self.bias, bidirectional=self.bidirectional
+            self.mode.lower(),
+            weights,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            bidirectional=self.bidirectional,
+            dtype=dtype,
         )
 
 

@@ -82,13 +82,18 @@ def _register_fakes() -> None:
         return [torch.empty_like(t) for t in inputs if t is not None]
 
     @torch.library.register_fake("seqattn::recurrence_pack")
-    def _(cell, weights, has_bias):
+    def _(cell, weights, has_bias, bfloat16=False):
         D, hidden, output = _geometry(CELLS[cell], weights[0], 0, None, weights, has_bias)
         gates = reference.recurrence.GATES[CELLS[cell]]
         slots = 4 if gates > 1 else 1
-        size = gates * _padded(hidden) * (weights[0].shape[1] + output) + slots * _padded(hidden)
+        depth = weights[0].shape[1] + output
+        if bfloat16:  # pairs in the place of values
+            depth = (weights[0].shape[1] + 1) // 2 + (output + 1) // 2
+        size = gates * _padded(hidden) * depth + slots * _padded(hidden)
         if output != hidden:
             size += _padded(output) * hidden
+        if bfloat16:
+            return [weights[0].new_empty(2 * size, dtype=torch.bfloat16) for _ in range(D)]
         return [weights[0].new_empty(size) for _ in range(D)]
 
 
@@ -205,10 +210,13 @@ def recurrence(
     return output, hn, cn, states if cell_states else None
 
 
-def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool) -> list[Tensor]:
-    """The weights of one layer's directions as the kernels read them; valid as long as the weights don't change."""
+def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool, bfloat16: bool = False) -> list[Tensor]:
+    """The weights of one layer's directions as the kernels read them; valid as long as the weights don't change.
+
+    ``bfloat16``: w_ih and w_hh (float32) rounded; `recurrence` then rounds x and h likewise, and sums in float32.
+    """
     weights = [w.detach().contiguous() for w in weights]
-    return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias)
+    return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias, bfloat16)
 
 
 class CellFunction(torch.autograd.Function):
