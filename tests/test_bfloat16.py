@@ -65,9 +65,9 @@ def check(kind: RecurrentKind, module: nn.RNNBase, x: Tensor, hx=None, lengths: 
     names = [n.removesuffix("_reverse").removesuffix("_l0") for n in module._flat_weights_names]
     weights = [w.detach() for w in module._flat_weights]
     D, (T, B) = 2 if module.bidirectional else 1, x.shape[:2]
-    options = {
-        "bias": module.bias, "bidirectional": module.bidirectional, **({"proj_size": module.proj_size} if module.proj_size else {}),
-    }  # fmt: skip
+    options = {"bias": module.bias, "bidirectional": module.bidirectional}
+    if module.proj_size:
+        options["proj_size"] = module.proj_size
     packed = functional.pack_weights(
         kind.name, weights, bias=module.bias, bidirectional=module.bidirectional, dtype=torch.bfloat16
     )
@@ -261,7 +261,7 @@ def test_messages():
         accelerate(stock, weights="bfloat16")
     assert type(stock) is nn.GRU
     for wrong in ("float16", torch.float16, 3):
-        with pytest.raises(ValueError, match="weights: expected None, 'bfloat16' or torch.bfloat16"):
+        with pytest.raises(ValueError, match=r"weights: expected None, 'bfloat16' or torch.bfloat16"):
             accelerate(stock, frozen=True, weights=wrong)
     with pytest.raises(ValueError, match=r"dtype: expected None or torch.bfloat16, got torch.float16"):
         functional.pack_weights("gru", weights, dtype=torch.float16)
