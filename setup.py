@@ -118,8 +118,14 @@ class NinjaBuild(build_ext):
             n = ninja_syntax.Writer(file)
             n.variable("cxx", shlex.join(cxx))
             n.variable("cxxflags", " ".join(flags))
-            n.rule("compile", "$cxx $cxxflags $isa -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"$cxx -o $out $in {' '.join(link)}")
+            n.rule(
+                "compile",
+                "$cxx $cxxflags $isa -MMD -MF $out.d -c $in -o $out",
+                description="compile $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+            n.rule("link", f"$cxx -o $out $in {' '.join(link)}", description="link $out")
             objects = []
             for source in COMMON_SOURCES:
                 objects += n.build(f"{source.stem}.o", "compile", str(source))

@@ -14,9 +14,9 @@ struct ScoreMath : Math<T> {
   static SEQATTN_INLINE Vec<T> at_most(Vec<T> x, Vec<T> bound) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
-      return (Vec<T>)_mm512_min_ps((__m512)bound, (__m512)x);
+      return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x);
     } else {
-      return (Vec<T>)_mm512_min_pd((__m512d)bound, (__m512d)x);
+      return (Vec<T>)_mm512_maskz_min_pd(0xff, (__m512d)bound, (__m512d)x);
     }
 #else
     return SEQATTN_ISA::at_most(x, bound);

@@ -27,7 +27,8 @@ const StepKernels<T>& kernels() {
 template <class T>
 StepProblem<T> read(const CellInfo& cell, const Tensor& input, const std::optional<Tensor>& h,
                     const std::optional<Tensor>& c, const std::vector<Tensor>& weights, bool has_bias) {
-  if (weights.size() != (has_bias ? 4 : 2)) fail("weights: expected ", has_bias ? 4 : 2, " tensors, got ", weights.size());
+  if (weights.size() != (has_bias ? 4 : 2))
+    fail("weights: expected ", has_bias ? 4 : 2, " tensors, got ", weights.size());
   StepProblem<T> p{};
   check_tensor("input", input, dtype_of<T>(), {-1, -1});
   p.batch = input.size(0);
@@ -70,8 +71,8 @@ void take_scratch(StepProblem<T>* p) {
 
 template <class T>
 std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
-                                           const std::optional<Tensor>& c, const std::vector<Tensor>& weights,
-                                           const std::vector<Tensor>& packed, bool has_bias, bool save) {
+                            const std::optional<Tensor>& c, const std::vector<Tensor>& weights,
+                            const std::vector<Tensor>& packed, bool has_bias, bool save) {
   const CellInfo& cell = cell_info(number);
   StepProblem<T> p = read<T>(cell, input, h, c, weights, has_bias);
   const int64_t B = p.batch, H = p.sizes.hidden;
@@ -99,13 +100,10 @@ std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::opti
 }
 
 template <class T>
-std::vector<Tensor> backward(int64_t number, const Tensor& input,
-                                                                 const std::optional<Tensor>& h,
-                                                                 const std::optional<Tensor>& c,
-                                                                 const std::vector<Tensor>& weights, bool has_bias,
-                                                                 const Tensor& reserve, const std::optional<Tensor>& d_h,
-                                                                 const std::optional<Tensor>& d_c, bool need_input,
-                                                                 bool need_weights) {
+std::vector<Tensor> backward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
+                             const std::optional<Tensor>& c, const std::vector<Tensor>& weights, bool has_bias,
+                             const Tensor& reserve, const std::optional<Tensor>& d_h, const std::optional<Tensor>& d_c,
+                             bool need_input, bool need_weights) {
   const CellInfo& cell = cell_info(number);
   StepProblem<T> p = read<T>(cell, input, h, c, weights, has_bias);
   const int64_t B = p.batch, H = p.sizes.hidden;
@@ -147,21 +145,19 @@ void make_contiguous(std::optional<Tensor>* t) {
   if (*t) make_contiguous(&**t);
 }
 
-std::vector<Tensor> cell_fwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h,
-                                                std::optional<Tensor> c, std::vector<Tensor> weights,
-                                                std::vector<Tensor> packed, bool has_bias, bool save) {
+std::vector<Tensor> cell_fwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h, std::optional<Tensor> c,
+                                 std::vector<Tensor> weights, std::vector<Tensor> packed, bool has_bias, bool save) {
   make_contiguous(&input);
   make_contiguous(&h);
   make_contiguous(&c);
   for (Tensor& w : weights) make_contiguous(&w);
-  return with_dtype(
-      input, [&](auto t) { return forward<decltype(t)>(cell, input, h, c, weights, packed, has_bias, save); });
+  return with_dtype(input,
+                    [&](auto t) { return forward<decltype(t)>(cell, input, h, c, weights, packed, has_bias, save); });
 }
 
-std::vector<Tensor> cell_bwd_cpu(
-    int64_t cell, Tensor input, std::optional<Tensor> h, std::optional<Tensor> c, std::vector<Tensor> weights,
-    bool has_bias, Tensor reserve, std::optional<Tensor> d_h, std::optional<Tensor> d_c, bool need_input,
-    bool need_weights) {
+std::vector<Tensor> cell_bwd_cpu(int64_t cell, Tensor input, std::optional<Tensor> h, std::optional<Tensor> c,
+                                 std::vector<Tensor> weights, bool has_bias, Tensor reserve, std::optional<Tensor> d_h,
+                                 std::optional<Tensor> d_c, bool need_input, bool need_weights) {
   for (Tensor* t : {&input, &reserve}) make_contiguous(t);
   for (std::optional<Tensor>* t : {&h, &c, &d_h, &d_c}) make_contiguous(t);
   for (Tensor& w : weights) make_contiguous(&w);

@@ -64,7 +64,8 @@ class StepForward {
       for (int64_t v = 0; v < units; ++v) {
         const int64_t unit = (first + v) * W, left = sizes_.hidden - unit;
         Vec<T> sum{};
-        if (p_.b_ih && slot < Cell::kGates) sum += load_partial(p_.b_ih + Cell::x_gate(slot) * sizes_.hidden + unit, left);
+        if (p_.b_ih && slot < Cell::kGates)
+          sum += load_partial(p_.b_ih + Cell::x_gate(slot) * sizes_.hidden + unit, left);
         if (p_.b_hh && slot >= kHSlot) sum += load_partial(p_.b_hh + Cell::h_gate(slot) * sizes_.hidden + unit, left);
         T* out = pre_ + (slot * units + v) * W;
         for (int64_t i = 0; i < p_.batch; ++i) store(out + i * ld, sum);
@@ -231,8 +232,9 @@ class StepBackward {
     const int64_t own = unit_end_ - unit_begin_;
     for (int64_t g = 0; g < groups.groups; ++g) {
       const int64_t column = groups.begin(g) * W, vectors = groups.begin(g + 1) - groups.begin(g);
-      pack_rows(panel_, [&](int64_t i) { return values ? values + i * columns : nullptr; }, p_.batch, column, columns,
-                vectors);
+      pack_rows(
+          panel_, [&](int64_t i) { return values ? values + i * columns : nullptr; }, p_.batch, column, columns,
+          vectors);
       for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
         const T* a = s_.grad_t + (s * padded(sizes_.hidden) + unit_begin_) * s_.ld_t;
         product_into(dw + (gate_of(s) * sizes_.hidden + unit_begin_) * columns, columns, a, s_.ld_t, panel_,

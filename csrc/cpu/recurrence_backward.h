@@ -26,7 +26,7 @@ template <class Cell, class T>
 struct BackwardScratch {
   static constexpr int W = kLanes<T>;
   int64_t block, ld_grad, ld_t, ld_h, ld_c, ld_dp, ld_full;
-  T *hh, *ih, *hr;                        // panels of W_hh [out group][slot rows], W_ih [in group], W_hr [H group]
+  T *hh, *ih, *hr;                         // panels of W_hh [out group][slot rows], W_ih [in group], W_hr [H group]
   T *grad, *grad_t, *dh, *dc, *dp, *full;  // see the constructor
   T* end;
 
@@ -48,13 +48,13 @@ struct BackwardScratch {
     };
     hh = take(Cell::kGates * width * padded(s.output));
     ih = take(Cell::kGates * width * padded(s.input));
-    grad = take(block * ld_grad);                   // [block row][slot][unit] gradients of the pre-activations
-    grad_t = take(Cell::kSlots * width * ld_t);     // the same, transposed
-    dh = take(batch * ld_h);                        // [batch][output] gradient of h of the step before
-    dc = take(Cell::kHasCell ? batch * ld_c : 0);   // [batch][hidden]
+    grad = take(block * ld_grad);                  // [block row][slot][unit] gradients of the pre-activations
+    grad_t = take(Cell::kSlots * width * ld_t);    // the same, transposed
+    dh = take(batch * ld_h);                       // [batch][output] gradient of h of the step before
+    dc = take(Cell::kHasCell ? batch * ld_c : 0);  // [batch][hidden]
     hr = take(s.projected ? s.output * width : 0);
-    dp = take(s.projected ? block * ld_dp : 0);     // [block row][output] gradients of the projected h
-    full = take(s.projected ? block * ld_full : 0); // [block row][hidden] h before projection
+    dp = take(s.projected ? block * ld_dp : 0);      // [block row][output] gradients of the projected h
+    full = take(s.projected ? block * ld_full : 0);  // [block row][hidden] h before projection
     end = at;
   }
 };
@@ -132,31 +132,34 @@ class BackwardDirection {
     const int64_t K = Cell::kGates * padded(sizes_.hidden);
     for (int64_t g = output_begin_; g < output_end_; ++g) {
       const int64_t first = outputs_.begin(g), n = outputs_.begin(g + 1) - first;
-      pack_rows(s_.hh + first * W * K,
-                [&](int64_t k) { return slot_row(d_.w_hh, sizes_.output, k, &Cell::h_gate, kHSlot); }, K, first * W,
-                sizes_.output, n);
+      pack_rows(
+          s_.hh + first * W * K, [&](int64_t k) { return slot_row(d_.w_hh, sizes_.output, k, &Cell::h_gate, kHSlot); },
+          K, first * W, sizes_.output, n);
     }
     int64_t begin, end;
     if (d_.d_input) {
       gang_.share(inputs_.groups, &begin, &end);
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = inputs_.begin(g), n = inputs_.begin(g + 1) - first;
-        pack_rows(s_.ih + first * W * K, [&](int64_t k) { return slot_row(d_.w_ih, sizes_.input, k, &Cell::x_gate, 0); },
-                  K, first * W, sizes_.input, n);
+        pack_rows(
+            s_.ih + first * W * K, [&](int64_t k) { return slot_row(d_.w_ih, sizes_.input, k, &Cell::x_gate, 0); }, K,
+            first * W, sizes_.input, n);
       }
     }
     if (sizes_.projected) {
       for (int64_t g = unit_group_begin_; g < unit_group_end_; ++g) {
         const int64_t first = units_.begin(g), n = units_.begin(g + 1) - first;
-        pack_rows(s_.hr + first * W * sizes_.output, [&](int64_t k) { return d_.w_hr + k * sizes_.hidden; },
-                  sizes_.output, first * W, sizes_.hidden, n);
+        pack_rows(
+            s_.hr + first * W * sizes_.output, [&](int64_t k) { return d_.w_hr + k * sizes_.hidden; }, sizes_.output,
+            first * W, sizes_.hidden, n);
       }
     }
     // The products below run over padded units: what no vector covers must not hold leftovers.
     const int64_t width = padded(sizes_.hidden), covered = vectors_of<T>(sizes_.hidden) * W;
     gang_.share(covered < width ? s_.block : 0, &begin, &end);
     for (int64_t r = begin; r < end; ++r) {
-      for (int s = 0; s < Cell::kSlots; ++s) set_row(s_.grad + r * s_.ld_grad + s * width + covered, nullptr, 0, width - covered);
+      for (int s = 0; s < Cell::kSlots; ++s)
+        set_row(s_.grad + r * s_.ld_grad + s * width + covered, nullptr, 0, width - covered);
     }
     gang_.share(rows_.batch, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
@@ -364,8 +367,8 @@ class BackwardDirection {
     for (int64_t g = 0; g < inputs_.groups; ++g) {
       const int64_t first = inputs_.begin(g), vectors = inputs_.begin(g + 1) - first;
       const int64_t column = first * W, left = sizes_.input - column;
-      multiply_panel(product_, vectors * W, s_.grad + begin * s_.ld_grad, s_.ld_grad, s_.ih + column * K, K, end - begin,
-                     int(vectors), false);
+      multiply_panel(product_, vectors * W, s_.grad + begin * s_.ld_grad, s_.ld_grad, s_.ih + column * K, K,
+                     end - begin, int(vectors), false);
       int64_t r = 0;
       for (int64_t t = t0; t < t1 && r < end; ++t) {
         for (int64_t i = 0; i < rows_.active[t] && r < end; ++i, ++r) {

@@ -149,8 +149,8 @@ struct ExpConstants<float> {
   static constexpr float kLn2Lo = 1.42860682030941723212e-6f;
   static constexpr float kMin = -104.0f, kMax = 89.0f;  // exp is 0 below and infinite above
   static constexpr int kDegree = 5;
-  static constexpr float kQ[kDegree + 1] = {1.9891030654e-4f, 1.3933685862617e-3f, 8.3333108895821e-3f,
-                                            4.1666464602027e-2f, 0.16666666681659f, 0.50000000134982f};
+  static constexpr float kQ[kDegree + 1] = {1.9891030654e-4f,    1.3933685862617e-3f, 8.3333108895821e-3f,
+                                            4.1666464602027e-2f, 0.16666666681659f,   0.50000000134982f};
   static constexpr int kMantissa = 23, kBias = 127;
 };
 template <>
@@ -161,15 +161,22 @@ struct ExpConstants<double> {
   static constexpr double kLn2Lo = 1.90821492927058770002e-10;
   static constexpr double kMin = -746.0, kMax = 710.0;
   static constexpr int kDegree = 10;
-  static constexpr double kQ[kDegree + 1] = {
-      2.0914717341716375952e-9, 2.5105259538448493419e-8, 2.7557273570102139673e-7, 2.7557255297969644392e-6,
-      2.4801587325605322782e-5, 1.9841269874901259234e-4, 1.3888888888883731828e-3, 8.3333333333261120526e-3,
-      4.1666666666666669767e-2, 0.16666666666666671008,   0.5};
+  static constexpr double kQ[kDegree + 1] = {2.0914717341716375952e-9,
+                                             2.5105259538448493419e-8,
+                                             2.7557273570102139673e-7,
+                                             2.7557255297969644392e-6,
+                                             2.4801587325605322782e-5,
+                                             1.9841269874901259234e-4,
+                                             1.3888888888883731828e-3,
+                                             8.3333333333261120526e-3,
+                                             4.1666666666666669767e-2,
+                                             0.16666666666666671008,
+                                             0.5};
   static constexpr int kMantissa = 52, kBias = 1023;
 };
 
-// tanh(x) = x + x^3 q(x^2) up to kNear (relative error 4e-9 for float, 2e-21 for double before rounding); it rounds to 1
-// from kOne on.
+// tanh(x) = x + x^3 q(x^2) up to kNear (relative error 4e-9 for float, 2e-21 for double before rounding); it rounds to
+// 1 from kOne on.
 template <class T>
 struct TanhConstants;
 template <>

@@ -129,7 +129,13 @@ class ConcatAttention(nn.Module):
             projected = F.linear(query, self.weight[:, : self.query_size], self.bias)
             return functional.additive_attention(projected, keys, self.v, values, **options)  # type: ignore[arg-type]
         return functional.concat_attention(
-            query, keys, self.weight, self.v, values, bias=self.bias, **options  # type: ignore[arg-type]
+            query,
+            keys,
+            self.weight,
+            self.v,
+            values,
+            bias=self.bias,
+            **options,  # type: ignore[arg-type]
         )
 
     def extra_repr(self) -> str:
