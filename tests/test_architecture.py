@@ -1,4 +1,4 @@
-"""Imports run one way: accelerate -> nn -> functional -> backends -> ops -> native, and reference imports torch alone."""
+"""Imports run one way: accelerate, nn, functional, backends, ops, native; reference imports torch alone."""
 
 from __future__ import annotations
 

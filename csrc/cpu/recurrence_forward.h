@@ -29,11 +29,13 @@ template <class Cell, class T, class A = T>
 void forward_scratch(Problem<T>* p) {
   const Sizes& s = p->sizes;
   const int64_t batch = p->rows.batch;
-  // Two generations of h (and of its operands where they are rounded), c, and the h of the cell before it is projected.
+  // Pre-activations of a chunk, two generations of h (and of its operands where they are rounded), c, and the h of the
+  // cell before it is projected.
   p->shared_scratch =
+      p->chunk_rows * Cell::kSlots * padded(s.hidden) +
       batch * (2 * row_stride(s.output) + (Cell::kHasCell ? 1 : 0) * padded(s.hidden) +
                (s.projected ? row_stride(s.hidden) : 0) + (kRounded<A> ? 2 * row_stride(depth<A>(s.output)) : 0));
-  p->thread_scratch = p->chunk_rows * (Cell::kSlots * padded(s.hidden) + input_stride<A>(s.input));
+  p->thread_scratch = p->chunk_rows * input_stride<A>(s.input);
   if (p->ih == WeightUse::in_cache || p->hh == WeightUse::in_cache) {
     const int64_t width = Cell::kGates * PackedWeights<Cell, T, A>::kUnits * kLanes<T>;
     p->thread_scratch += width * depth<A>(s.input > s.output ? s.input : s.output);
@@ -54,7 +56,8 @@ class ForwardDirection {
         ldc_(padded(sizes_.hidden)),
         ldf_(row_stride(sizes_.hidden)),
         lda_(kRounded<A> ? row_stride(depth<A>(sizes_.output)) : ldh_) {
-    h_[0] = shared;
+    pre_ = shared;
+    h_[0] = pre_ + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden);
     h_[1] = h_[0] + rows_.batch * ldh_;
     c_ = h_[1] + rows_.batch * ldh_;
     full_ = c_ + (Cell::kHasCell ? rows_.batch * ldc_ : 0);
@@ -65,8 +68,7 @@ class ForwardDirection {
       a_[0] = h_[0];
       a_[1] = h_[1];
     }
-    pre_ = own;
-    x_ = reinterpret_cast<A*>(own + p_.chunk_rows * Cell::kSlots * padded(sizes_.hidden));
+    x_ = reinterpret_cast<A*>(own);
     panel_ = x_ + p_.chunk_rows * input_stride<A>(sizes_.input);
     gang_.share(packed_.panels.groups, &panel_begin_, &panel_end_);
   }
@@ -180,9 +182,7 @@ class ForwardDirection {
     }
   }
 
-  T* pre_panel(int64_t p) const {
-    return pre_ + (packed_.panels.begin(p) - packed_.panels.begin(panel_begin_)) * W * Cell::kSlots * p_.chunk_rows;
-  }
+  T* pre_panel(int64_t p) const { return pre_ + packed_.panels.begin(p) * W * Cell::kSlots * p_.chunk_rows; }
 
   void step(int64_t t, int64_t chunk_first) {
     const int64_t n = rows_.active[t];
@@ -290,7 +290,7 @@ class ForwardDirection {
   T* c_;      // [batch][ldc_]
   T* full_;   // [batch][ldf_]
   A* a_[2];   // h_ as operands: [batch][lda_]
-  T* pre_;    // this thread's: [panel][chunk row][slot][units]
+  T* pre_;    // [panel][chunk row][slot][units]
   A* x_;      // this thread's: [chunk row][input_stride]
   A* panel_;  // this thread's: one panel of W_ih or W_hh
   int64_t panel_begin_, panel_end_;
