@@ -237,8 +237,8 @@ class StepBackward {
           vectors);
       for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
         const T* a = s_.grad_t + (s * padded(sizes_.hidden) + unit_begin_) * s_.ld_t;
-        product_into(dw + (gate_of(s) * sizes_.hidden + unit_begin_) * columns, columns, a, s_.ld_t, panel_,
-                     vectors * W, p_.batch, own, column, vectors, false);
+        multiply_ragged(dw + (gate_of(s) * sizes_.hidden + unit_begin_) * columns, columns, a, s_.ld_t, panel_,
+                        vectors * W, p_.batch, own, column, vectors, false, product_);
       }
     }
   }
@@ -258,27 +258,9 @@ class StepBackward {
           pack_rows(panel_, [&](int64_t k) { return rows + k * columns; }, sizes_.hidden, column, columns, vectors);
           b = panel_;
         }
-        product_into(out, columns, s_.grad + s * padded(sizes_.hidden), s_.ld_grad, b, ragged ? vectors * W : columns,
-                     sizes_.hidden, p_.batch, column, vectors, add || s > first_slot);
-      }
-    }
-  }
-
-  // c[row][column...] (+)= a b, where the last vector may reach past the end of a row of c.
-  void product_into(T* c, int64_t columns, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, int64_t rows,
-                    int64_t column, int64_t vectors, bool add) {
-    if (column + vectors * W <= columns) {
-      multiply_strided(c + column, columns, a, lda, b, ldb, K, rows, int(vectors), add);
-      return;
-    }
-    multiply_strided(product_, vectors * W, a, lda, b, ldb, K, rows, int(vectors), false);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        T* out = c + r * columns + column + v * W;
-        const int64_t left = columns - column - v * W;
-        Vec<T> value = load(product_ + (r * vectors + v) * W);
-        if (add) value += load_partial(out, left);
-        store_partial(out, value, left);
+        multiply_ragged(out, columns, s_.grad + s * padded(sizes_.hidden), s_.ld_grad, b,
+                        ragged ? vectors * W : columns, sizes_.hidden, p_.batch, column, vectors, add || s > first_slot,
+                        product_);
       }
     }
   }

@@ -366,6 +366,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   }
   p.threads = plan_threads<T>(cell, sizes, rows, int(D), 2.0);
   p.chunk_rows = std::min(std::max<int64_t>(rows.first[rows.steps], 1), std::max<int64_t>(B, 512));
+  p.ih = p.hh = all_rows <= 32 ? WeightUse::in_place : WeightUse::packed;
   const RecurrenceKernels<T>& k = kernels<T>();
   k.backward_scratch(int(number), &p);
   std::vector<BarrierFlag> flags;

@@ -22,6 +22,28 @@ void pack_rows(T* out, RowOf&& row_of, int64_t K, int64_t column, int64_t n, int
   }
 }
 
+// c[row][column...] (+)= a b for rows of c of `columns` values, where the last vector of the panel may reach past their
+// end; `product` holds a panel's product meanwhile.
+template <class T>
+void multiply_ragged(T* c, int64_t columns, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, int64_t rows,
+                     int64_t column, int64_t vectors, bool add, T* product) {
+  constexpr int W = kLanes<T>;
+  if (column + vectors * W <= columns) {
+    multiply_strided(c + column, columns, a, lda, b, ldb, K, rows, int(vectors), add);
+    return;
+  }
+  multiply_strided(product, vectors * W, a, lda, b, ldb, K, rows, int(vectors), false);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      T* out = c + r * columns + column + v * W;
+      const int64_t left = columns - column - v * W;
+      Vec<T> value = load(product + (r * vectors + v) * W);
+      if (add) value += load_partial(out, left);
+      store_partial(out, value, left);
+    }
+  }
+}
+
 template <class Cell, class T>
 struct BackwardScratch {
   static constexpr int W = kLanes<T>;
@@ -132,6 +154,7 @@ class BackwardDirection {
     const int64_t K = Cell::kGates * padded(sizes_.hidden);
     for (int64_t g = output_begin_; g < output_end_; ++g) {
       const int64_t first = outputs_.begin(g), n = outputs_.begin(g + 1) - first;
+      if (in_place(first, n, sizes_.output)) continue;
       pack_rows(
           s_.hh + first * W * K, [&](int64_t k) { return slot_row(d_.w_hh, sizes_.output, k, &Cell::h_gate, kHSlot); },
           K, first * W, sizes_.output, n);
@@ -141,6 +164,7 @@ class BackwardDirection {
       gang_.share(inputs_.groups, &begin, &end);
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = inputs_.begin(g), n = inputs_.begin(g + 1) - first;
+        if (in_place(first, n, sizes_.input)) continue;
         pack_rows(
             s_.ih + first * W * K, [&](int64_t k) { return slot_row(d_.w_ih, sizes_.input, k, &Cell::x_gate, 0); }, K,
             first * W, sizes_.input, n);
@@ -196,6 +220,7 @@ class BackwardDirection {
     const int64_t n = rows_.active[t];
     if (n == 0) return;
     const int64_t local = rows_.first[t] - block_first;
+    const bool last = t == (d_.reverse ? rows_.steps - 1 : 0);
     if (sizes_.projected) {
       project_gradients(t, n, local);
       gang_.barrier();
@@ -209,12 +234,32 @@ class BackwardDirection {
       for (int64_t unit = unit_begin_; unit < unit_end_; unit += W) cell_gradients(t, i, local + i, unit);
     }
     gang_.barrier();
-    const int64_t K = Cell::kGates * padded(sizes_.hidden);
+    if (last && !d_.d_h0) return;  // the gradient of h before all steps isn't wanted
     for (int64_t j = output_begin_; j < output_end_; ++j) {
       const int64_t g = t % 2 ? output_end_ - 1 - (j - output_begin_) : j;  // meets in cache what the last step left
       const int64_t first = outputs_.begin(g), vectors = outputs_.begin(g + 1) - first;
-      multiply_panel(s_.dh + first * W, s_.ld_h, s_.grad + local * s_.ld_grad + kHSlot * padded(sizes_.hidden),
-                     s_.ld_grad, s_.hh + first * W * K, K, n, int(vectors), !sizes_.projected);
+      through_weights(s_.dh + first * W, s_.ld_h, s_.grad + local * s_.ld_grad, n, s_.hh, d_.w_hh, sizes_.output, first,
+                      vectors, kHSlot, Cell::h_gate, !sizes_.projected);
+    }
+  }
+
+  // Whether a group of columns of W_ih or W_hh is read as torch keeps it: with few rows, where its last vector ends
+  // inside the matrix.
+  bool in_place(int64_t first, int64_t vectors, int64_t columns) const {
+    return p_.hh == WeightUse::in_place && (first + vectors) * W <= columns;
+  }
+
+  // c[row][columns of the group] (+)= gradients of the gates from first_slot on, times their rows of w.
+  void through_weights(T* c, int64_t ldc, const T* grad, int64_t rows, const T* packed, const T* w, int64_t columns,
+                       int64_t first, int64_t vectors, int first_slot, int (*gate_of)(int), bool add) {
+    const int64_t width = padded(sizes_.hidden), K = Cell::kGates * width;
+    if (!in_place(first, vectors, columns)) {
+      multiply_panel(c, ldc, grad + first_slot * width, s_.ld_grad, packed + first * W * K, K, rows, int(vectors), add);
+      return;
+    }
+    for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
+      multiply_strided(c, ldc, grad + s * width, s_.ld_grad, w + gate_of(s) * sizes_.hidden * columns + first * W,
+                       columns, sizes_.hidden, rows, int(vectors), add || s > first_slot);
     }
   }
 
@@ -296,8 +341,14 @@ class BackwardDirection {
     }
     outer_product(t0, t1, n, sizes_.input, d_.d_w_ih, 0, Cell::x_gate, add,
                   [&](int64_t t, int64_t i) { return p_.input + rows_.row(t, i) * p_.ld_input; });
-    outer_product(t0, t1, n, sizes_.output, d_.d_w_hh, kHSlot, Cell::h_gate, add,
-                  [&](int64_t t, int64_t i) { return previous_h(t, i); });
+    if (rows_.steps == 1 && !d_.h0) {  // no state came before
+      for (int g = 0; g < Cell::kGates; ++g) {
+        set_row(d_.d_w_hh + (g * sizes_.hidden + unit_begin_) * sizes_.output, nullptr, 0, own * sizes_.output);
+      }
+    } else {
+      outer_product(t0, t1, n, sizes_.output, d_.d_w_hh, kHSlot, Cell::h_gate, add,
+                    [&](int64_t t, int64_t i) { return previous_h(t, i); });
+    }
     if (sizes_.projected) projection_gradients(n, add);
   }
 
@@ -319,23 +370,8 @@ class BackwardDirection {
       }
       for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
         const T* a = s_.grad_t + (s * padded(sizes_.hidden) + unit_begin_) * s_.ld_t;
-        product_into(dw + (gate_of(s) * sizes_.hidden + unit_begin_) * columns, columns, a, s_.ld_t, panel_, n, own,
-                     column, vectors, add);
-      }
-    }
-  }
-
-  // c[row][column...] (+)= a b, where the last vector may reach past the end of a row of c.
-  void product_into(T* c, int64_t columns, const T* a, int64_t lda, const T* b, int64_t K, int64_t own, int64_t column,
-                    int64_t vectors, bool add) {
-    if (column + vectors * W <= columns) {
-      multiply_panel(c + column, columns, a, lda, b, K, own, int(vectors), add);
-      return;
-    }
-    multiply_panel(product_, vectors * W, a, lda, b, K, own, int(vectors), false);
-    for (int64_t r = 0; r < own; ++r) {
-      for (int64_t j = 0; j < vectors * W && column + j < columns; ++j) {
-        accumulate(c + r * columns + column + j, product_[r * vectors * W + j], add);
+        multiply_ragged(dw + (gate_of(s) * sizes_.hidden + unit_begin_) * columns, columns, a, s_.ld_t, panel_,
+                        vectors * W, n, own, column, vectors, add, product_);
       }
     }
   }
@@ -354,21 +390,20 @@ class BackwardDirection {
     for (int64_t g = 0; g < units_.groups && begin < end; ++g) {
       const int64_t column = units_.begin(g) * W, vectors = units_.begin(g + 1) - units_.begin(g);
       pack_rows(panel_, [&](int64_t r) { return s_.full + r * s_.ld_full; }, n, column, sizes_.hidden, vectors);
-      product_into(d_.d_w_hr + begin * sizes_.hidden, sizes_.hidden, s_.grad_t + begin * s_.ld_t, s_.ld_t, panel_, n,
-                   end - begin, column, vectors, add);
+      multiply_ragged(d_.d_w_hr + begin * sizes_.hidden, sizes_.hidden, s_.grad_t + begin * s_.ld_t, s_.ld_t, panel_,
+                      vectors * W, n, end - begin, column, vectors, add, product_);
     }
   }
 
   void input_gradients(int64_t t0, int64_t t1, int64_t n) {
-    const int64_t K = Cell::kGates * padded(sizes_.hidden);
     int64_t begin, end;
     gang_.share(n, &begin, &end);
     if (begin == end) return;
     for (int64_t g = 0; g < inputs_.groups; ++g) {
       const int64_t first = inputs_.begin(g), vectors = inputs_.begin(g + 1) - first;
       const int64_t column = first * W, left = sizes_.input - column;
-      multiply_panel(product_, vectors * W, s_.grad + begin * s_.ld_grad, s_.ld_grad, s_.ih + column * K, K,
-                     end - begin, int(vectors), false);
+      through_weights(product_, vectors * W, s_.grad + begin * s_.ld_grad, end - begin, s_.ih, d_.w_ih, sizes_.input,
+                      first, vectors, 0, Cell::x_gate, false);
       int64_t r = 0;
       for (int64_t t = t0; t < t1 && r < end; ++t) {
         for (int64_t i = 0; i < rows_.active[t] && r < end; ++i, ++r) {
