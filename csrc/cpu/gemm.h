@@ -24,25 +24,20 @@ using SumOf = typename Operand<A>::Sum;
 
 namespace detail {
 
-template <class A, int M, int N, int U>
+// acc[m][n] += a[m][k] b[k][n] for one k.
+template <class A, int M, int N>
 SEQATTN_INLINE void accumulate(Vec<SumOf<A>> (&acc)[M][N], const A* a, int64_t lda, const A* b, int64_t ldb,
-                               int64_t k_begin, int64_t k_end) {
-  constexpr int W = kLanes<A>;
-  for (int64_t k = k_begin; k < k_end; k += U) {
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
+                               int64_t k) {
 #pragma GCC unroll 2
-      for (int step = 0; step < Operand<A>::kSteps; ++step) {
-        decltype(Operand<A>::row(b, 0)) row[N];
+  for (int step = 0; step < Operand<A>::kSteps; ++step) {
+    decltype(Operand<A>::row(b, 0)) row[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) row[n] = Operand<A>::row(b + (k + u) * ldb + n * W, step);
+    for (int n = 0; n < N; ++n) row[n] = Operand<A>::row(b + k * ldb + n * kLanes<A>, step);
 #pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) {
-          const auto value = Operand<A>::value(a[m * lda + k + u], step);
+    for (int m = 0; m < M; ++m) {
+      const auto value = Operand<A>::value(a[m * lda + k], step);
 #pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) Operand<A>::multiply_add(acc[m][n], value, row[n]);
-        }
-      }
+      for (int n = 0; n < N; ++n) Operand<A>::multiply_add(acc[m][n], value, row[n]);
     }
   }
 }
@@ -51,27 +46,13 @@ SEQATTN_INLINE void accumulate(Vec<SumOf<A>> (&acc)[M][N], const A* a, int64_t l
 template <class A, int M, int N, int U>
 SEQATTN_INLINE void accumulate_split(Vec<SumOf<A>> (&acc)[M][N], const A* a, int64_t lda, const A* b, int64_t ldb,
                                      int64_t K) {
-  constexpr int W = kLanes<A>;
   Vec<SumOf<A>> part[U][M][N] = {};
   int64_t k = 0;
   for (; k + U <= K; k += U) {
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 2
-      for (int step = 0; step < Operand<A>::kSteps; ++step) {
-        decltype(Operand<A>::row(b, 0)) row[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) row[n] = Operand<A>::row(b + (k + u) * ldb + n * W, step);
-#pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) {
-          const auto value = Operand<A>::value(a[m * lda + k + u], step);
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) Operand<A>::multiply_add(part[u][m][n], value, row[n]);
-        }
-      }
-    }
+    for (int u = 0; u < U; ++u) accumulate<A, M, N>(part[u], a, lda, b, ldb, k + u);
   }
-  accumulate<A, M, N, 1>(acc, a, lda, b, ldb, k, K);
+  for (; k < K; ++k) accumulate<A, M, N>(acc, a, lda, b, ldb, k);
 #pragma GCC unroll 8
   for (int step = 1; step < U; step *= 2) {
 #pragma GCC unroll 8
@@ -101,7 +82,7 @@ void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t
   }
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
   if constexpr (U == 1) {
-    accumulate<A, M, N, 1>(acc, a, lda, b, ldb, 0, K);
+    for (int64_t k = 0; k < K; ++k) accumulate<A, M, N>(acc, a, lda, b, ldb, k);
   } else {
     accumulate_split<A, M, N, U>(acc, a, lda, b, ldb, K);
   }
