@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cells/registry.h"
+#include "cpu/allocate.h"
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
 
@@ -35,6 +36,9 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
+  m.def(
+      "poison_allocations", [](bool on) { seqattn::poison_allocations = on; }, py::arg("on"),
+      "Fill results with NaN before kernels write them, so that a value left out shows: for tests.");
   m.def(
       "gang_size",
       [](int threads) {

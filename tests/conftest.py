@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from seqattn_kernels import native
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
@@ -51,6 +53,10 @@ def poisoned_memory() -> Iterator[None]:
     mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True
+    if native.extension is not None:  # its own results don't go through torch's operators
+        native.extension.poison_allocations(True)
     yield
+    if native.extension is not None:
+        native.extension.poison_allocations(False)
     torch.set_deterministic_debug_mode(mode)
     deterministic.fill_uninitialized_memory = fill
