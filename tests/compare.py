@@ -69,7 +69,9 @@ def difference(actual: Tensor, oracle: Tensor, dtype: torch.dtype | None = None,
         return f"{name}: expected shape {list(oracle.shape)}, got {list(actual.shape)}"
     if actual.numel() == 0:
         return None
-    got, expected = actual.detach().cpu().double(), oracle.detach().cpu().double()
+    # Where the oracle is: results of a GPU are held against a CPU's, or against large ones left on the GPU.
+    expected = oracle.detach().double()
+    got = actual.detach().to(expected.device).double()
     # A finite oracle past the range of the dtype rounds to infinity there.
     expected = torch.where(expected.abs() > torch.finfo(dtype).max, expected.to(dtype).double(), expected)
     finite = expected.isfinite()

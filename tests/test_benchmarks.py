@@ -248,10 +248,10 @@ def test_documents_survive_writing(tmp_path, stand_in):
     ("text", "message"),
     [
         ("{", "expected JSON"),
-        ("[]", "expected schema 1, got list"),
-        ('{"schema": 0}', "expected schema 1, got 0"),
-        ('{"schema": 1, "environment": {}}', "expected the fields of schema 1"),
-        ('{"schema": 1, "environment": {}, "cases": [], "extra": 1}', "expected the fields of schema 1"),
+        ("[]", "expected schema 1 or 2, got list"),
+        ('{"schema": 0}', "expected schema 1 or 2, got 0"),
+        ('{"schema": 1, "environment": {}}', "expected the fields of schema 2"),
+        ('{"schema": 1, "environment": {}, "cases": [], "extra": 1}', "expected the fields of schema 2"),
     ],
 )
 def test_documents_that_are_not_ours_are_refused(tmp_path, text, message):
