@@ -135,9 +135,13 @@ def gradients(result: Any, inputs: Sequence[Tensor], seed: int = 0) -> list[Tens
     """
     outputs = [tensor for _, tensor in flatten(result) if tensor.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(t.shape, generator=generator, dtype=torch.float32).bfloat16().to(t) for t in outputs]
+    directions = [_drawn(t.shape, generator).to(t) for t in outputs]
     found = torch.autograd.grad(outputs, list(inputs), directions, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
 
 
 @dataclass(frozen=True)

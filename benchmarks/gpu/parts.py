@@ -78,7 +78,7 @@ def execute(
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has found so far
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
@@ -161,8 +161,8 @@ def bench(settings: Settings, seconds: float, log: Path) -> Outcome:
         left = seconds - (time.monotonic() - begin)
         if left < SLOWEST_USEFUL:
             break
-        # The last case begun needs time to end.
-        budget = max(1.0, left - 15.0)
+        # Getting ready is not counted by it, and the last case begun needs time to end.
+        budget = max(1.0, left - min(20.0, 0.25 * left))
         command = [*base, "--budget", f"{budget:.0f}", *(["--resume"] if restarts else []), *suites]
         code, _, found = execute("bench", command, left, log)
         output += found
