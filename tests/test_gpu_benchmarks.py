@@ -205,7 +205,7 @@ def test_parts_go_on_after_one_that_fails_or_hangs(monkeypatch, settings):
     assert [outcome.passed for outcome in outcomes] == [False, False, False, True]
     assert outcomes[0].note == "exit code 3"
     assert outcomes[1].note.startswith("out of time")
-    assert outcomes[1].lines == ["begun"]
+    assert "begun" in (settings.folder / "hangs.log").read_text()
     assert outcomes[2].note == "OSError: no such tool"
     assert "done" in (settings.folder / "works.log").read_text()
     text = parts.summary(outcomes, settings)
