@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import CUDA_SUITES, STOCK, Case, Mode
-from benchmarks.gpu import bench, ceilings, parts, runner, timing
+from benchmarks.gpu import bench, ceilings, parts, report, runner, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.peers import registry
 from benchmarks.problems import build
@@ -292,6 +292,56 @@ def test_tf32_is_put_back():
     with ceilings.tf32(not before):
         assert torch.backends.cudnn.allow_tf32 is not before
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+def made_up(suite: str) -> results.Document:
+    """Every case of a suite: ours loses the first and fails the second."""
+    found = []
+    for index, case in enumerate(CUDA_SUITES[suite]):
+        ratio = 0.5 if index == 0 else 2.0 + index
+        contestants = [results.Contestant(STOCK, milliseconds=2.0, device_milliseconds=1.5, ratio=1.0, peak_mib=8.0)]
+        for name in case.contestants:
+            each = results.Contestant(
+                name, milliseconds=2 / ratio, device_milliseconds=1 / ratio, ratio=ratio, ratio_low=0.9 * ratio,
+                ratio_high=1.1 * ratio, floor_share=0.25, peak_mib=4.0,
+            )  # fmt: skip
+            contestants.append(results.Contestant(name, failure="output: wrong") if index == 1 else each)
+        bars = [results.BarResult(bar.contestant, bar.against, bar.at_least, ratio, index > 1) for bar in case.bars]
+        found.append(
+            results.CaseResult(
+                case.name, suite, "", case.operator, case.mode.value, "bfloat16", dict(case.shape), 1, contestants,
+                bars, noise=0.01, precision=case.precision, floors={"bytes": 0.1, "products": 0.2},
+            )
+        )  # fmt: skip
+    place = {"gpu": "Abacus 200", "machine": "abacus", "versions": {"torch": "2.11"}, "commit": "0123456789abcdef"}
+    return results.Document(place, found, ceilings=LIMITS)
+
+
+@pytest.mark.parametrize("suite", CUDA_SUITES)
+def test_the_tables_of_a_gpu(suite):
+    lines = report.markdown(made_up(suite)).splitlines()
+    assert len(lines) == len(CUDA_SUITES[suite]) + 2
+    assert len({line.count("|") for line in lines}) == 1
+    assert "**0.50x**" in lines[2]
+    assert "failed" in lines[3]
+    lines = report.ratios(made_up(suite)).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "0.50x" in lines[2]
+
+
+def test_the_page_of_a_gpu_names_what_was_lost(tmp_path):
+    pytest.importorskip("matplotlib")
+    made_up("dot").write(tmp_path / "dot.json")
+    made_up("cells").write(tmp_path / "cells.json")
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "table.md").read_text()
+    first, second = CUDA_SUITES["dot"][:2]
+    assert f"slower than stock beyond noise: ours in {first.name}: 0.50" in text
+    assert f"bar missed: ours_context in {first.name}" in text
+    assert f"past its tolerance or failed: ours in {second.name}" in text
+    assert "bf16_tflops 800" in text
+    assert (tmp_path / "dot.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "recurrent.png").exists()
 
 
 def test_modes_of_gpu_cases():
