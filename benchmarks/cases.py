@@ -213,6 +213,17 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
 }
 
 
+# What is looked at every day, in under a minute: the case of each operator that would show most.
+DAILY: frozenset[str] = frozenset(
+    case.name
+    for suite in ("recurrent", "lengths", "cells", "attention")
+    for case in SUITES[suite]
+    if (suite == "recurrent" and case.label in ("S1", "S4") and case.kind != "rnn_relu")
+    or (suite == "lengths" and case.shape["H"] == 256 and case.kind != "rnn_tanh")
+    or (suite == "cells" and case.shape["B"] == 16 and case.kind != "rnn_tanh")
+    or (suite == "attention" and case.operator == "additive_attention" and case.shape["S"] <= 100)
+)
+
 # Cases of one GPU. The most telling come first: a run that has little time gets as far as it can.
 CUDA_RECURRENT: tuple[dict[str, int], ...] = tuple(
     {"B": batch, "T": steps, "I": hidden, "H": hidden}

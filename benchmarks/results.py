@@ -111,3 +111,16 @@ class Document:
 
 def path_of(suite: str, machine: str | None = None) -> Path:
     return RESULTS / (machine or machine_name()) / f"{suite}.json"
+
+
+def load_folder(folder: Path) -> dict[str, Document]:
+    """The benchmarks a folder holds, by suite; files of other kinds are left out.
+
+    Raises ValueError for a file that says it holds benchmarks and does not.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        raw = json.loads(path.read_text())
+        if isinstance(raw, dict) and "cases" in raw:
+            found[path.stem] = Document.read(path)
+    return {suite: document for suite, document in found.items() if document.cases}

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import GATES, LOOP_STEPS, Case
-from benchmarks.gpu.timing import _seconds
+from benchmarks.cases import Case
+from benchmarks.gpu.timing import seconds_of
+from benchmarks.work import work
 
 # Operations of the additive score of one element where the reciprocals of four are taken as one: 14 for four.
 FMAS_PER_ELEMENT = 3.5
@@ -55,7 +56,7 @@ def best(call: Callable[[], Any], rounds: int = 7) -> float:
     """Median seconds of a call after two that warm up."""
     call()
     call()
-    return statistics.median(_seconds(call) for _ in range(rounds))
+    return statistics.median(seconds_of(call) for _ in range(rounds))
 
 
 def _copy() -> float:
@@ -89,31 +90,13 @@ def floors(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
     Each input is read once and each result written once. A recurrence has a further limit, the latency of its steps,
     which no rate expresses.
     """
-    size = torch.empty((), dtype=case.dtype).element_size()
-    moved, products, elements = _work(case)
-    found = {"bytes": moved * size / ceilings["copy_tbs"] / 1e9}
+    amount = work(case)
+    found = {"bytes": amount.size / ceilings["copy_tbs"] / 1e9}
     rate = ceilings.get(PRODUCTS[case.precision])
     if rate:
-        found["products"] = products / rate / 1e9
-    if elements and "special_tops" in ceilings:
-        one_each = elements / ceilings["special_tops"]
-        merged = elements * FMAS_PER_ELEMENT / ceilings["fma_tops"]
+        found["products"] = amount.products / rate / 1e9
+    if amount.elements and "special_tops" in ceilings:
+        one_each = amount.elements / ceilings["special_tops"]
+        merged = amount.elements * FMAS_PER_ELEMENT / ceilings["fma_tops"]
         found["scores"] = min(one_each, merged) / 1e9
     return found
-
-
-def _work(case: Case) -> tuple[float, float, float]:
-    """Values moved, floating-point operations of products, and elements B * T * S * A of scores."""
-    shape, trained = case.shape, case.mode.has_gradients
-    if case.operator.endswith("_attention"):
-        batch, steps, source, width = (shape[key] for key in "BTSA")
-        # query, keys, values, context; the weights; a backward reads the same again and writes gradients.
-        moved = batch * (2 * steps + 2 * source) * width + batch * steps * source
-        products = 2.0 * batch * steps * source * width * (2 if case.operator == "dot_attention" else 1)
-        elements = batch * steps * source * width if case.operator == "additive_attention" else 0
-        return (2.0 * moved, 3 * products, 2.0 * elements) if trained else (moved, products, elements)
-    gates, rows = GATES[case.kind], case.active_steps
-    weights = gates * shape["H"] * (shape["I"] + shape["H"])
-    states = 2 if case.suite == "cell_states" else 1
-    moved = rows * (shape["I"] + states * shape["H"]) + weights * (LOOP_STEPS if "T" not in shape else 1)
-    return (2.0 * moved if trained else moved), case.flops or 0.0, 0.0

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu.timing import _seconds
+from benchmarks.gpu.timing import seconds_of
 
 BLOCK, PROGRAMS_PER_SM = 1024, 16
 
@@ -33,7 +33,7 @@ def _fma_kernel(out, rounds, scale, BLOCK: tl.constexpr):
 def _rate(run, operations: float) -> float:
     run()
     run()
-    return operations / min(_seconds(run) for _ in range(5))
+    return operations / min(seconds_of(run) for _ in range(5))
 
 
 def _space() -> tuple[int, torch.Tensor]:

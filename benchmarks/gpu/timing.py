@@ -49,10 +49,10 @@ def cycles_per_second() -> float:
     """Of the counter that torch.cuda._sleep waits for, at the clock of a busy device."""
     cycles = 20_000_000
     torch.cuda._sleep(cycles)
-    return cycles / _seconds(lambda: torch.cuda._sleep(cycles))
+    return cycles / seconds_of(lambda: torch.cuda._sleep(cycles))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -65,7 +65,7 @@ def as_called(call: Callable[[], Any], flush: Callable[[], None]) -> float:
     """Seconds from an idle device to the end of the call's last kernel."""
     flush()
     torch.cuda.synchronize()
-    return _seconds(call)
+    return seconds_of(call)
 
 
 def on_device(call: Callable[[], Any], flush: Callable[[], None], head_start: float) -> float:
@@ -73,7 +73,7 @@ def on_device(call: Callable[[], Any], flush: Callable[[], None], head_start: fl
     torch.cuda.synchronize()
     torch.cuda._sleep(int(head_start * cycles_per_second()))
     flush()
-    return _seconds(call)
+    return seconds_of(call)
 
 
 def warm_up(call: Callable[[], Any], seconds: float = WARM_UP_SECONDS) -> tuple[float, float]:
