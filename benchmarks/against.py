@@ -37,7 +37,8 @@ class Change:
 def compare(documents: Mapping[str, Document], earlier: Mapping[str, Document]) -> list[Change]:
     """Every contestant timed in both runs, the largest losses first.
 
-    Slower means that the intervals don't meet and the medians lie further apart than either run's noise.
+    Slower means that the intervals don't meet and the medians lie further apart than either run's noise. Cases that
+    other processes disturbed in either run decide nothing and are left out.
     """
     before = {(case.name, case.threads): case for document in earlier.values() for case in document.cases}
     found = []
@@ -50,6 +51,8 @@ def compare(documents: Mapping[str, Document], earlier: Mapping[str, Document]) 
 
 
 def _changes(case: CaseResult, other: CaseResult) -> list[Change]:
+    if case.disturbed or other.disturbed:
+        return []
     noise = max(LEAST_NOISE, case.noise or 0.0, other.noise or 0.0)
     found = []
     for mine in case.contestants:

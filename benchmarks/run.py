@@ -136,7 +136,7 @@ def _regressed(console: Console, now: Document, earlier: Mapping[str, Document])
     worse = sum(change.worse for change in changes)
     console.print(f"against: {len(changes)} compared, {worse} slower, {sum(c.better for c in changes)} faster")
     if not changes:
-        console.print("[red]against: no case is in both runs[/]")
+        console.print("[red]against: no case was measured undisturbed in both runs[/]")
     return bool(worse or wrong or not changes)
 
 

@@ -191,6 +191,12 @@ def test_a_drop_that_intervals_do_not_tell_is_none():
     assert not any(change.worse for change in changes)
 
 
+def test_a_disturbed_case_decides_nothing():
+    now, then = made_up_document(), scaled(made_up_document(), 2.0, 0.01)
+    now.cases[:] = [dataclasses.replace(case, disturbed=index > 0) for index, case in enumerate(now.cases)]
+    assert {change.name for change in against.compare({"now": now}, {"then": then})} == {now.cases[0].name}
+
+
 def test_what_fails_now_and_did_not_then_is_found():
     then, now = made_up_document(), made_up_document()
     case = now.cases[0]
