@@ -64,11 +64,24 @@ class Case:
     bars: tuple[Bar, ...] = ()
     dtype: torch.dtype = torch.float32
     label: str = ""
+    device: str = "cpu"
+    tf32: bool = False  # on a GPU, float32 products may round their factors to 10 bits, as torch's own RNNs do
 
     @property
     def name(self) -> str:
         sizes = ",".join(f"{key}{size}" for key, size in self.shape.items())
-        return f"{self.suite}/{self.operator}/{self.mode.value}/{sizes}"
+        name = f"{self.suite}/{self.operator}/{self.mode.value}/{sizes}"
+        return name if self.device == "cpu" else f"{name}/{self.precision}"
+
+    @property
+    def precision(self) -> str:
+        """What products are computed in: the dtype's name, or tf32."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def tolerance(self) -> torch.dtype:
+        """The dtype whose tolerance holds: tf32 has as many digits as float16."""
+        return torch.float16 if self.tf32 else self.dtype
 
     @property
     def kind(self) -> str:
@@ -197,6 +210,113 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
     "bf16": tuple(_bf16()),
     "attention": tuple(_attention()),
     "peers": tuple(_peers()),
+}
+
+
+# What is looked at every day, in under a minute: the case of each operator that would show most.
+DAILY: frozenset[str] = frozenset(
+    case.name
+    for suite in ("recurrent", "lengths", "cells", "attention")
+    for case in SUITES[suite]
+    if (suite == "recurrent" and case.label in ("S1", "S4") and case.kind != "rnn_relu")
+    or (suite == "lengths" and case.shape["H"] == 256 and case.kind != "rnn_tanh")
+    or (suite == "cells" and case.shape["B"] == 16 and case.kind != "rnn_tanh")
+    or (suite == "attention" and case.operator == "additive_attention" and case.shape["S"] <= 100)
+)
+
+# Cases of one GPU. The most telling come first: a run that has little time gets as far as it can.
+CUDA_RECURRENT: tuple[dict[str, int], ...] = tuple(
+    {"B": batch, "T": steps, "I": hidden, "H": hidden}
+    for batch, steps, hidden in (
+        (16, 1024, 512),
+        (1, 1024, 256),
+        (16, 1024, 768),
+        (64, 512, 512),
+        (64, 256, 1024),
+        (7, 333, 200),
+    )
+)
+# The largest hidden size whose weights one cluster of thread blocks holds with room for the rest, in 16 bits.
+CLUSTER_HIDDEN = 512
+BOTH_MODES = (Mode.FORWARD, Mode.TRAINING)
+
+
+def _on_gpu(
+    suite: str, operator: str, shape: Mapping[str, int], mode: Mode, names: tuple[str, ...], bars: tuple[Bar, ...],
+    dtype: torch.dtype = torch.bfloat16, tf32: bool = False,
+) -> Case:  # fmt: skip
+    return Case(suite, operator, shape, mode, names, bars, dtype, device="cuda", tf32=tf32)
+
+
+def _cuda_recurrent() -> Iterator[Case]:
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float16, False)):
+        for kind in ("lstm", "gru"):
+            for index, shape in enumerate(CUDA_RECURRENT):
+                if dtype == torch.float16 and index not in (0, 2):
+                    continue
+                at_least = 1.5 if not tf32 and shape["H"] <= CLUSTER_HIDDEN else 1.0
+                for mode in BOTH_MODES:
+                    names = ("ours", "ours_graph", "torch_graph")
+                    yield _on_gpu("recurrent", kind, shape, mode, names, (Bar("ours", at_least),), dtype, tf32)
+
+
+def _cuda_lengths() -> Iterator[Case]:
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+        for kind in ("lstm", "gru"):
+            for batch, steps, hidden in ((16, 1024, 512), (64, 512, 512)):
+                shape = {"B": batch, "T": steps, "I": hidden, "H": hidden}
+                for mode in BOTH_MODES:
+                    names = ("ours_lengths", "ours", "torch_pack")
+                    bars = (Bar("ours_lengths", 3.0), Bar("ours", 1.0))
+                    yield _on_gpu("lengths", kind, shape, mode, names, bars, dtype, tf32)
+
+
+def _cuda_cell_states() -> Iterator[Case]:
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+        for batch, steps, hidden in ((16, 256, 512), (64, 256, 512)):
+            shape = {"B": batch, "T": steps, "I": hidden, "H": hidden}
+            bars = (Bar("ours", 20.0),)
+            yield _on_gpu("cell_states", "lstm", shape, Mode.TRAINING, ("ours", "torch_graph"), bars, dtype, tf32)
+
+
+def _cuda_cells() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("lstm", "gru"):
+            for batch, hidden in ((1, 128), (64, 512)):
+                for mode in (Mode.STEPS, Mode.STEPS_TRAINING):
+                    names = ("ours", "ours_graph", "torch_graph")
+                    shape = {"B": batch, "I": hidden, "H": hidden}
+                    yield _on_gpu("cells", f"{kind}_cell", shape, mode, names, (Bar("ours", 1.0),), dtype)
+
+
+def _cuda_additive() -> Iterator[Case]:
+    names = ("ours", "ours_graph", "torch_compile", "torch_compile_graph", "torch_graph")
+    # B, T, S, A (values are as wide); those of one query are steps of a decoder.
+    for sizes in ((64, 512, 512, 512), (32, 1, 100, 256), (32, 128, 1024, 256), (256, 1, 512, 512)):
+        shape = dict(zip("BTSA", sizes, strict=True))
+        for dtype in (torch.bfloat16, torch.float32):
+            for mode in BOTH_MODES:
+                bars = (Bar("ours", 1.0, against="torch_compile"), Bar("ours", 1.0))
+                yield _on_gpu("additive", "additive_attention", shape, mode, names, bars, dtype)
+
+
+def _cuda_dot() -> Iterator[Case]:
+    for sizes in ((64, 512, 512, 64), (256, 1, 512, 512), (32, 128, 1024, 256)):
+        shape = dict(zip("BTSA", sizes, strict=True))
+        for dtype in (torch.bfloat16, torch.float32):
+            for mode in BOTH_MODES:
+                names = ("ours_context", "torch_sdpa", "ours", "torch_compile")
+                bars = (Bar("ours_context", 1.0, against="torch_sdpa"), Bar("ours", 1.0))
+                yield _on_gpu("dot", "dot_attention", shape, mode, names, bars, dtype)
+
+
+CUDA_SUITES: Mapping[str, tuple[Case, ...]] = {
+    "recurrent": tuple(_cuda_recurrent()),
+    "lengths": tuple(_cuda_lengths()),
+    "cell_states": tuple(_cuda_cell_states()),
+    "additive": tuple(_cuda_additive()),
+    "dot": tuple(_cuda_dot()),
+    "cells": tuple(_cuda_cells()),
 }
 
 

@@ -19,6 +19,7 @@ from tests.compare import (
     to_float64,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 NAN, INF = float("nan"), float("inf")
 NAMES = ("context", "weights")
@@ -382,6 +383,7 @@ def test_prepared_blocks_of_every_form():
 # Operators in torch's machinery
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("masked", ["none", "lengths", "[B, T, S]"])
 def test_opcheck(masked):
@@ -433,6 +435,7 @@ def test_export():
         assert_close_to_float64(program.module()(*arguments), module(*arguments))
 
 
+@pytest.mark.cpu
 @needs_native
 def test_backends():
     tensors = inputs((2, 3, 5, 4, 3))
@@ -515,6 +518,7 @@ BAD = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "reference"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, backend):
@@ -523,6 +527,7 @@ def test_bad_input(case, backend):
         functional.additive_attention(*arguments, backend=backend, **options)
 
 
+@pytest.mark.cpu
 @needs_native
 def test_operators_check_their_arguments():
     seqattn = torch.ops.seqattn

@@ -13,6 +13,8 @@ from seqattn_kernels.nn import AdditiveAttention, ConcatAttention, DotAttention,
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, oracle_of, to_float64
 from tests.test_attention import INF, MASKS, NAMES, NAN, k, q, v
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def tutorial(kind, query, keys, values, parameters):
     if kind == "dot":
@@ -90,6 +92,7 @@ def test_feature_attention(options, reduce):
     tensors = [torch.randn(3, 7, 5), torch.randn(5, 5), torch.randn(5)]
     for t in tensors:
         t.requires_grad_()
+    options = {name: value.to(tensors[0].device) for name, value in options.items()}
     h, weight, bias = wide = to_float64(tensors)
     scores = torch.tanh(nn.functional.linear(h, weight, bias))
     expected = torch.zeros_like(h), torch.zeros_like(h)
@@ -157,12 +160,13 @@ def test_feature_module():
 def test_under_autocast():
     module = AdditiveAttention(6, 5, 7)
     query, keys = torch.randn(3, 4, 6), torch.randn(3, 9, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         context, weights = module(query, keys)
     assert_close_to_float64(weights, oracle_of(module.double(), query, keys)[1], torch.bfloat16)
     assert context.dtype == torch.bfloat16
 
 
+@pytest.mark.cpu
 def test_bad_input_of_other_scores():
     with pytest.raises(ValueError, match=r"weight: expected \[A, Q \+ K\] with Q=4"):
         functional.concat_attention(q, k, torch.zeros(3, 7), v[:3])

@@ -14,6 +14,7 @@ import seqattn_kernels.nn as fast
 from tests.cases import KINDS
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 
+pytestmark = pytest.mark.usefixtures("device")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 # (B, I, H); B of None is unbatched.

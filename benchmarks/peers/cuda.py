@@ -1,0 +1,122 @@
+"""Contestants of a GPU: calls recorded as CUDA graphs, torch's own dot attention, sequences packed on each call."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from benchmarks.attention import AttentionProblem, OurAttention, ScaledDotProduct
+from benchmarks.peers import Entry, Peer
+from benchmarks.peers.ours import Ours
+from benchmarks.peers.torch_compile import TorchCompile
+from benchmarks.peers.torch_eager import TorchEager
+from benchmarks.problems import Problem
+
+WARM_UP_CALLS = 3
+
+
+def needs_gpu(problem: Problem) -> str | None:
+    return None if problem.case.device == "cuda" else "for a GPU only"
+
+
+class Graph(Peer):
+    """Another contestant's call recorded once and replayed: what it takes on the device, without the host."""
+
+    package = "torch"
+
+    def __init__(self, name: str, original: Peer) -> None:
+        self.name, self.original = name, original
+
+    def installed(self) -> str | None:
+        return self.original.installed()
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.case.suite == "lengths":
+            return "packed sequences read their lengths on the host"
+        return needs_gpu(problem) or self.original.why_not(problem)
+
+    def takes_minutes(self, problem: Problem) -> bool:
+        return self.original.takes_minutes(problem)
+
+    def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
+        entry = self.original.prepare(problem, stack)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_CALLS):
+                entry.call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = entry.call()
+        module = entry.module
+        assert module is not None
+        held = [(tensor, tensor.grad) for tensor in problem.differentiated(module)]
+
+        def replay_and_return() -> Any:
+            graph.replay()
+            for tensor, gradient in held:
+                tensor.grad = gradient
+            return result
+
+        stack.callback(graph.reset)
+        return Entry(
+            graph.replay,
+            lambda: problem.outcome(module, replay_and_return),
+            omits=entry.omits,
+            module=module,
+            replays=True,
+        )
+
+
+class Packing(TorchEager):
+    """Stock torch from padded input to padded output, as a user with ragged sequences calls it."""
+
+    name = "torch_pack"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if problem.case.suite == "lengths" else "for variable lengths only"
+
+    def options(self, problem: Problem) -> dict[str, Any]:
+        return {"pack": True}
+
+
+class ScaledDotProductAttention(Peer):
+    name = "torch_sdpa"
+    package = "torch"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if problem.case.operator == "dot_attention" else "for dot attention only"
+
+    def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
+        module = ScaledDotProduct()
+        call = problem.call(module)
+        return Entry(call, lambda: problem.outcome(module, call), omits=("weights",), module=module)
+
+
+class OursContext(Ours):
+    """Our attention asked for the context alone."""
+
+    name = "ours_context"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if isinstance(problem, AttentionProblem) else "for attention only"
+
+    def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
+        module = problem.ours()
+        assert isinstance(module, OurAttention)
+        module.need_weights = False
+        call = problem.call(module)
+        return Entry(call, lambda: problem.outcome(module, call), omits=("weights",), module=module)
+
+
+PEERS: tuple[Peer, ...] = (
+    Graph("torch_graph", TorchEager()),
+    Graph("torch_compile_graph", TorchCompile()),
+    Graph("ours_graph", Ours()),
+    Packing(),
+    ScaledDotProductAttention(),
+    OursContext(),
+)
