@@ -45,6 +45,10 @@ struct Plan {
   std::string why_not;  // why no persistent kernel serves; empty where one does
 };
 
+// Plans of the persistent kernels: kernel is kStepwise and why_not says why where one can't serve.
+Plan plan_cluster(const PlanRequest& request, const Device& device);
+Plan plan_cooperative(const PlanRequest& request, const Device& device);
+
 // The plan for this device: a persistent kernel where one fits, else stepwise with the reason in why_not.
 Plan plan_recurrence(const PlanRequest& request, const Device& device);
 

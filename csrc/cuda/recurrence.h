@@ -39,8 +39,9 @@ struct Rows {
   SEQATTN_CELL bool exists(int64_t t, int64_t b) const { return offsets == nullptr || valid(t, b); }
 };
 
-// Values a unit keeps for backward at each row, in R: the cell's own, or h' of a cell that keeps none (RNN).
-constexpr int reserved(int saved) { return saved ? saved : 1; }
+// Values a unit keeps for backward at each row in T: what the cell saves but for its cell state (its last value, kept
+// in R by itself), or h' of a cell that saves nothing (RNN).
+constexpr int kept(int saved, bool has_cell) { return has_cell ? saved - 1 : saved ? saved : 1; }
 
 // All arrays are on the device, contiguous but for the given strides, and don't overlap.
 struct Forward {
@@ -51,7 +52,7 @@ struct Forward {
   int directions;
   Rows rows;
 
-  const void* x_gates;  // R [directions][rows][G * hidden], W_ih x alone. Rows that are not valid may hold anything
+  const void* x_gates;  // T [directions][rows][G * hidden], W_ih x alone. Rows that are not valid may hold anything
   const void* w_hh[2];  // T [G * hidden][output], one for each direction
   const void* bias;     // R [directions][kSlots * hidden], b_ih + b_hh as far as a slot receives each; null: none
   const void* h0;       // T [directions][batch][output]; null: zero
@@ -61,9 +62,11 @@ struct Forward {
   int64_t ld_output, ld_cell;
   void* hn;      // T [directions][batch][output]
   void* cn;      // T [directions][batch][hidden]; null without a cell state
-  void* saved;   // R [directions][rows][reserved][hidden]; null: not wanted. Invalid rows need not be written
+  void* saved;   // T [directions][rows][hidden][kept], a unit's values side by side; null: not wanted
+  void* cells;   // R [directions][rows][hidden], c after the step; not null where saved is not and the cell has one
   void* h_prev;  // T [directions][rows][output], h before the step; not null where saved is not. Invalid rows must be
-                 // finite (they meet a gradient of zero in a product): write the state that passes
+                 // finite (they meet a gradient of zero in a product): write the state that passes. Invalid rows of
+                 // saved and cells are never read
 };
 
 // Gradients of the gates; gradients of weights, biases and input follow from them in the launcher.
@@ -75,10 +78,9 @@ struct Backward {
   int directions;
   Rows rows;
 
-  const void* w_hh[2];      // T [G * hidden][output]
-  const void* saved;        // as forward left it
-  const void* h_prev;       // as forward left it
-  const void* c0;           // T [directions][batch][hidden]; null: zero
+  const void* w_hh[2];                 // T [G * hidden][output]
+  const void *saved, *cells, *h_prev;  // as forward left them
+  const void* c0;                      // T [directions][batch][hidden]; null: zero
   const void* d_output;     // T, laid out as output_rows, `ld_output` apart; null: zero. Invalid rows may hold anything
   const void* d_cell_rows;  // T, laid out as cell_rows, `ld_cell` apart; null: zero
   int64_t ld_output, ld_cell;
@@ -89,7 +91,7 @@ struct Backward {
   void* d_c0;        // T [directions][batch][hidden]; null: not wanted
 };
 
-// The cell state before step t of a sequence is saved[row of the step before][kSaved - 1], or c0 at its first step:
+// The cell state before step t of a sequence is cells[row of the step before], or c0 at its first step:
 // t == 0 forward, t == length - 1 in reverse.
 
 struct Plan;  // plan.h
