@@ -7,14 +7,17 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   // layout 0: input [T, B, I], 1: [B, T, I], 2: packed rows [N, I]. sizes: lengths [B], or batch sizes [T] when packed.
   // weights: for each direction w_ih, w_hh, then b_ih, b_hh (has_bias), then w_hr (projection), in torch's layout.
   // Results: output, h_n, c_n, cell states of every step, reserve for backward (the last three may be empty).
+  // allow_tf32: products of float32 on a GPU may be rounded; stepwise: no persistent kernel. Both alike in backward.
   m.def(
       "recurrence_fwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "Tensor[] packed, bool has_bias, bool save, bool cell_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor[] packed, bool has_bias, bool save, bool cell_states, bool allow_tf32=False, bool stepwise=False) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Results: gradients of input, h0, c0 and the weights (empty where not needed).
   m.def(
       "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
       "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
-      "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor? d_cell_states, bool need_input, bool need_weights, bool allow_tf32=False, bool stepwise=False) -> "
+      "(Tensor, Tensor, Tensor, Tensor[])");
   // One step of a cell: input [B, I], h and c [B, H] (None: zeros), weights w_ih, w_hh and, with has_bias, b_ih, b_hh.
   // Results: h', then c' of a cell that has one, then with `save` what backward needs.
   m.def(

@@ -22,6 +22,9 @@ struct Device {
   int max_cluster;     // blocks of the largest cluster that can be scheduled; 1 without clusters
 };
 
+// Of the device with this index; asked once.
+const Device& device_of(int index);
+
 struct PlanRequest {
   int cell;  // place in cells/registry.h
   int64_t hidden, batch;
@@ -51,5 +54,10 @@ Plan plan_cooperative(const PlanRequest& request, const Device& device);
 
 // The plan for this device: a persistent kernel where one fits, else stepwise with the reason in why_not.
 Plan plan_recurrence(const PlanRequest& request, const Device& device);
+
+// Names as Python has them; an unknown one throws std::invalid_argument.
+const char* name_of(Kernel kernel);
+int cell_number(const std::string& name);
+DType dtype_number(const std::string& name);
 
 }  // namespace seqattn::gpu
