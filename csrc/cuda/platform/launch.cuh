@@ -73,6 +73,13 @@ void launch(void (*kernel)(P...), const Launch& l, Stream stream, A&&... args) {
   check_launch(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...), l);
 }
 
+// Index of the device that launches go to.
+inline int current_device() {
+  int device = 0;
+  check_launch(cudaGetDevice(&device), Launch{});
+  return device;
+}
+
 // How many clusters of this launch the device holds at once; 0 where none fits.
 template <class... P>
 int resident_clusters(void (*kernel)(P...), const Launch& l) {
