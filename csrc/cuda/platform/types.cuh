@@ -10,7 +10,8 @@
 #define SEQATTN_KERNEL_PARAM const __grid_constant__
 #define SEQATTN_DEVICE __device__ __forceinline__
 #define SEQATTN_UNROLL _Pragma("unroll")
-#define SEQATTN_UNROLL_BY(n) _Pragma("unroll n")
+#define SEQATTN_PRAGMA(x) _Pragma(#x)
+#define SEQATTN_UNROLL_BY(n) SEQATTN_PRAGMA(unroll n)
 
 // Clusters, mbarrier transactions and st.async exist from sm_90 on. A kernel with them compiles for older ones as a
 // trap; launch() refuses to start it there.
