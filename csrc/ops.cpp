@@ -39,4 +39,11 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "additive_bwd(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
       "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
+  // All steps of an attentional decoder on a GPU: one layer, additive scores, attending before the update (see
+  // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.
+  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights.
+  m.def(
+      "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
+      "Tensor? h0, Tensor? c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
