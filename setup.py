@@ -139,7 +139,8 @@ class NinjaBuild(build_ext):
         from ninja import ninja_syntax
 
         torch_root = Path(torch.__file__).parent
-        includes = [CSRC, torch_root / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+        # pybind11 first: torch carries its own, which some versions refuse to compile beside the stable ABI.
+        includes = [CSRC, pybind11.get_include(), torch_root / "include", sysconfig.get_paths()["include"]]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         flags = [
             "-std=c++20",

@@ -180,17 +180,26 @@ void* Problem::checked(const char* name, const OptionalTensor& t, const std::vec
 
 void* Problem::stream() const {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+  gpu::check(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
   return stream;
 }
 
-Tensor Problem::make(const std::vector<int64_t>& shape) const { return torch::stable::new_empty(input, shape); }
-
-Tensor Problem::make_sum(const std::vector<int64_t>& shape) const {
-  return torch::stable::new_empty(input, shape, sum_type);
+Tensor Problem::allocate(const std::vector<int64_t>& shape, ScalarType scalar_type, int64_t bytes_each) const {
+  try {
+    return torch::stable::new_empty(input, shape, scalar_type);
+  } catch (const std::exception& error) {
+    // Older versions of torch print the reason and throw no more than that a call failed.
+    double bytes = double(bytes_each);
+    for (const int64_t n : shape) bytes *= double(n);
+    fail("out of memory? ", device_text(input), " gave no ", bytes / (1 << 20), " MiB: ", error.what());
+  }
 }
 
-Tensor Problem::make_bytes(int64_t bytes) const { return torch::stable::new_empty(input, {bytes}, ScalarType::Byte); }
+Tensor Problem::make(const std::vector<int64_t>& shape) const { return allocate(shape, type, item); }
+
+Tensor Problem::make_sum(const std::vector<int64_t>& shape) const { return allocate(shape, sum_type, sum_item); }
+
+Tensor Problem::make_bytes(int64_t bytes) const { return allocate({bytes}, ScalarType::Byte, 1); }
 
 std::vector<int64_t> Problem::rows_shape(int64_t columns) const {
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());

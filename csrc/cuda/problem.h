@@ -77,6 +77,7 @@ class Problem {
   void read_rows(const OptionalTensor& sizes);
   void read_packed(const OptionalTensor& sizes);
   void read_lengths(const Tensor& lengths);
+  Tensor allocate(const std::vector<int64_t>& shape, ScalarType scalar_type, int64_t bytes_each) const;
   void check(const char* name, const Tensor& t, const std::vector<int64_t>& shape) const;
   // Bytes of all parts; fills in `reserve`, whose parts begin at `bytes`, unless it is null.
   int64_t parts(Reserve* reserve, char* bytes) const;

@@ -18,6 +18,15 @@ namespace seqattn::gpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// After a call of torch's C functions. The macro's name depends on torch's version.
+inline void check(AOTITorchError error) {
+#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+#else
+  TORCH_ERROR_CODE_CHECK(error);
+#endif
+}
+
 // A matrix (or a batch of them) in memory that somebody else keeps alive until the stream has passed.
 struct Matrix {
   void* data;
@@ -68,8 +77,6 @@ class Products {
   }
 
  private:
-  static void check(AOTITorchError error) { STABLE_TORCH_ERROR_CODE_CHECK(error); }
-
   Tensor view_as(const Matrix& m, ScalarType type) const {
     std::vector<int64_t> sizes{m.rows, m.columns}, strides{m.ld, 1};
     if (m.transposed) {

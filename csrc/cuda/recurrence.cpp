@@ -33,6 +33,8 @@ int (*const kHGate[])(int) = {SEQATTN_FOR_EACH_CELL(SEQATTN_H_GATE)};
 #undef SEQATTN_X_GATE
 #undef SEQATTN_H_GATE
 
+std::vector<int64_t> shape_vector(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
 char* offset(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
 Plan plan(const Problem& p, bool backward, bool stepwise) {
@@ -218,7 +220,7 @@ Tensor input_gradient(const Problem& p, void* d_gates) {
   const Products products = p.products();
   const int64_t rows = p.rows.rows, I = p.sizes.input, H = p.sizes.hidden, SH = p.cell.slots * H;
   const bool moved = p.reordered();
-  Tensor d_input = torch::stable::empty_like(p.input);
+  Tensor d_input = p.make(p.rows_shape(I));
   Tensor d_rows = moved ? p.make({rows, I}) : d_input;
   const Tensor to = products.view({d_rows.mutable_data_ptr(), rows, I, I});
   bool first = true;
@@ -258,7 +260,7 @@ std::vector<Tensor> weight_gradients(const Problem& p, void* d_gates, const Rese
   const int64_t rows = p.rows.rows, H = p.sizes.hidden, N = p.sizes.output, SH = p.cell.slots * H;
   std::vector<Tensor> found;
   for (const Tensor& w : p.weights) {
-    found.push_back(rows ? torch::stable::empty_like(w) : torch::stable::new_zeros(w, w.sizes()));
+    found.push_back(rows ? p.make(shape_vector(w)) : torch::stable::new_zeros(w, w.sizes()));
   }
   if (!rows) return found;
   const Products products = p.products();
@@ -335,7 +337,7 @@ Gradients backward(Problem& p, const OptionalTensor& h0, const OptionalTensor& c
     Tensor workspace = workspace_of(p, chosen);
     if (const char* error = persistent_backward(chosen, a, workspace.mutable_data_ptr(), p.stream())) fail(error);
   }
-  if (need_input) r.input = rows ? input_gradient(p, a.d_gates) : torch::stable::empty_like(p.input);
+  if (need_input) r.input = rows ? input_gradient(p, a.d_gates) : p.make(p.rows_shape(p.sizes.input));
   if (need_weights) r.weights = weight_gradients(p, a.d_gates, reserve, d_projected_rows);
   return r;
 }
