@@ -398,7 +398,7 @@ std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, boo
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> sizes, int64_t layout, std::optional<Tensor> h0,
     std::optional<Tensor> c0, std::vector<Tensor> weights, std::vector<Tensor> packed, bool has_bias, bool save,
-    bool cell_states) {
+    bool cell_states, bool, bool) {
   return with_dtype(input, [&](auto t) {
     return forward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states);
   });
@@ -408,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_bwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> sizes, int64_t layout, std::optional<Tensor> h0,
     std::optional<Tensor> c0, std::vector<Tensor> weights, bool has_bias, Tensor reserve,
     std::optional<Tensor> d_output, std::optional<Tensor> d_hn, std::optional<Tensor> d_cn,
-    std::optional<Tensor> d_cell_states, bool need_input, bool need_weights) {
+    std::optional<Tensor> d_cell_states, bool need_input, bool need_weights, bool, bool) {
   return with_dtype(input, [&](auto t) {
     return backward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn,
                                  d_cell_states, need_input, need_weights);
