@@ -48,6 +48,14 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
       "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
       "Tensor? b_output, Tensor? packed, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
+  // b_output (empty where there is none), then of the weights.
+  m.def(
+      "decoder_bwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor values, Tensor? lengths, "
+      "Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, Tensor[] weights, bool has_bias, "
+      "Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, Tensor? b_output, Tensor hidden, "
+      "Tensor contexts, Tensor found, Tensor? attentional, Tensor reserve, Tensor? d_hidden, Tensor? d_c_n, "
+      "Tensor? d_contexts, Tensor? d_weights, Tensor? d_attentional, bool need_input) -> Tensor[]");
   // The weights in the order forward reads them, valid while they are unchanged.
   m.def(
       "decoder_pack(int cell, Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? w_output, "

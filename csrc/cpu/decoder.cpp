@@ -132,6 +132,7 @@ struct Arguments {
     p.b_query = take("b_query", b_query, {p.A});
     p.w_output = take("w_output", w_output, {p.M, p.D + p.H});
     p.b_output = take("b_output", b_output, {p.M});
+    if (p.layers > 16) fail("weights: expected at most 16 layers, got ", p.layers);
     if (b_query && !w_query) fail("b_query: expected None without w_query");
     check_places({{p.input_at, p.I}, {p.context_at, p.D}, {p.attentional_at, p.M}}, p.width, "w_ih");
     if (p.M) check_places({{p.output_context_at, p.D}, {p.output_hidden_at, p.H}}, p.D + p.H, "w_output");
@@ -200,43 +201,60 @@ struct Arguments {
   void take_scratch(int64_t pack_values) {
     p.tile_scratch = padded(p.tile_scratch);
     p.thread_scratch = padded(p.thread_scratch);
-    const int64_t values = (p.split ? p.threads : 1) * p.tile_scratch + p.threads * p.thread_scratch;
+    p.common_scratch = padded(p.common_scratch);
+    const int64_t values = p.common_scratch + (p.split ? p.threads : 1) * p.tile_scratch + p.threads * p.thread_scratch;
     p.scratch = static_cast<T*>(workspace(size_t(values + pack_values) * sizeof(T)));
     if (pack_values) p.packed = p.scratch + values;
   }
 };
 
+// What forward and backward are given alike.
+struct Given {
+  const std::vector<int64_t>& options;
+  double scale;
+  const Tensor &input, &keys, &values;
+  const MaybeTensor &lengths, &mask, &h0, &c0, &context0, &attentional0;
+  const std::vector<Tensor>& weights;
+  bool has_bias;
+  const MaybeTensor &w_query, &b_query, &v, &w_output, &b_output;
+};
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    int64_t number, const std::vector<int64_t>& options, double scale, const Tensor& input, const Tensor& keys,
-    const MaybeTensor& packed_keys, const Tensor& values, const MaybeTensor& lengths, const MaybeTensor& mask,
-    const MaybeTensor& h0, const MaybeTensor& c0, const MaybeTensor& context0, const MaybeTensor& attentional0,
-    const std::vector<Tensor>& weights, bool has_bias, const MaybeTensor& w_query, const MaybeTensor& b_query,
-    const MaybeTensor& v, const MaybeTensor& w_output, const MaybeTensor& b_output, const MaybeTensor& packed,
-    bool save) {
+void read(Arguments<T>* a, const Given& g) {
+  DecoderProblem<T>& p = a->p;
+  a->read_options(g.options, g.scale);
+  if (g.keys.dim() != 3) fail("keys: expected [B, S, A], got ", shape_of(g.keys));
+  if (g.values.dim() != 3) fail("values: expected [B, S, D], got ", shape_of(g.values));
+  p.B = g.keys.size(0);
+  p.S = g.keys.size(1);
+  p.A = g.keys.size(2);
+  p.D = g.values.size(2);
+  if (g.input.dim() != 3) fail("input: expected [B, T, I], got ", shape_of(g.input));
+  p.steps = g.input.size(1);
+  p.I = g.input.size(2);
+  p.input = a->take("input", g.input, {p.B, p.steps, p.I});
+  a->read_weights(g.weights, g.has_bias, g.w_query, g.b_query, g.w_output, g.b_output);
+  a->read_memory(g.keys, g.values, g.v, g.lengths, g.mask);
+  p.h0 = a->take("h0", g.h0, {p.layers, p.B, p.H});
+  p.c0 = a->take("c0", g.c0, {p.layers, p.B, p.H});
+  p.context0 = a->take("context0", g.context0, {p.B, p.D});
+  p.attentional0 = a->take("attentional0", g.attentional0, {p.B, p.M});
+  // Some hundred rows at a time: what is kept of them stays in the second-level cache.
+  p.chunk_steps =
+      std::clamp<int64_t>(256 / std::clamp<int64_t>(p.B, 1, kDecoderRows), 1, std::max<int64_t>(p.steps, 1));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t number, const Given& given,
+                                                                   const MaybeTensor& packed_keys,
+                                                                   const MaybeTensor& packed, bool save) {
   Arguments<T> a(number);
   DecoderProblem<T>& p = a.p;
-  a.read_options(options, scale);
-  if (keys.dim() != 3) fail("keys: expected [B, S, A], got ", shape_of(keys));
-  if (values.dim() != 3) fail("values: expected [B, S, D], got ", shape_of(values));
-  p.B = keys.size(0);
-  p.S = keys.size(1);
-  p.A = keys.size(2);
-  p.D = values.size(2);
-  if (input.dim() != 3) fail("input: expected [B, T, I], got ", shape_of(input));
-  p.steps = input.size(1);
-  p.I = input.size(2);
-  p.input = a.take("input", input, {p.B, p.steps, p.I});
-  a.read_weights(weights, has_bias, w_query, b_query, w_output, b_output);
-  a.read_memory(keys, values, v, lengths, mask);
-  p.h0 = a.take("h0", h0, {p.layers, p.B, p.H});
-  p.c0 = a.take("c0", c0, {p.layers, p.B, p.H});
-  p.context0 = a.take("context0", context0, {p.B, p.D});
-  p.attentional0 = a.take("attentional0", attentional0, {p.B, p.M});
+  read(&a, given);
+  const Tensor& input = given.input;
   if (p.score == DecoderScore::additive) {
     if (!packed_keys) fail("packed_keys: expected what additive_pack made of keys, got None");
-    p.attention.packed =
-        a.take("packed_keys", *packed_keys, {p.B, p.attention.blocks(), packed_rows(p.A), kKeyBlock});
+    p.attention.packed = a.take("packed_keys", *packed_keys, {p.B, p.attention.blocks(), packed_rows(p.A), kKeyBlock});
   }
 
   auto make = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(input, shape); };
@@ -244,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Tensor c_n = make(a.cell.has_cell ? std::vector<int64_t>{p.layers, p.B, p.H} : std::vector<int64_t>{0});
   Tensor contexts = make({p.B, p.steps, p.D}), found = make({p.B, p.steps, p.S});
   Tensor attentional = make(p.M ? std::vector<int64_t>{p.B, p.steps, p.M} : std::vector<int64_t>{0});
-  Tensor reserve = make(save ? std::vector<int64_t>{p.layers, p.B, p.steps, a.cell.saved * padded(p.H)}
-                             : std::vector<int64_t>{0});
+  Tensor reserve =
+      make(save ? std::vector<int64_t>{p.layers, p.B, p.steps, a.cell.saved * padded(p.H)} : std::vector<int64_t>{0});
   p.hidden = hidden.mutable_data_ptr<T>();
   p.c_n = c_n.mutable_data_ptr<T>();
   p.attention.context = contexts.mutable_data_ptr<T>();
@@ -258,18 +276,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   p.packed_given = packed.has_value();
   if (packed) p.packed = const_cast<T*>(a.take("packed", *packed, {size}));
   a.plan(1);
-  // Some hundred rows at a time: their pre-activations stay in the second-level cache.
-  p.chunk_steps = std::clamp<int64_t>(256 / std::clamp<int64_t>(p.B, 1, kDecoderRows), 1, std::max<int64_t>(p.steps, 1));
   k.forward_scratch(int(number), &p);
   a.take_scratch(packed ? 0 : size);
   if (p.B) run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
   return {hidden, c_n, contexts, found, attentional, reserve};
 }
 
+// Results: gradients of input (empty unless need_input), keys, values, h0, c0, context0, attentional0, w_query,
+// b_query, v, w_output, b_output (empty where not given) and of the weights.
 template <class T>
-Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias,
-            const MaybeTensor& w_query, const MaybeTensor& b_query, const MaybeTensor& w_output,
-            const MaybeTensor& b_output) {
+std::vector<Tensor> backward(int64_t number, const Given& given, const Tensor& hidden, const Tensor& contexts,
+                             const Tensor& found, const MaybeTensor& attentional, const Tensor& reserve,
+                             const MaybeTensor& d_hidden, const MaybeTensor& d_c_n, const MaybeTensor& d_contexts,
+                             const MaybeTensor& d_weights, const MaybeTensor& d_attentional, bool need_input) {
+  Arguments<T> a(number);
+  DecoderProblem<T>& p = a.p;
+  read(&a, given);
+  p.hidden = const_cast<T*>(a.take("hidden", hidden, {p.layers, p.B, p.steps, p.H}));
+  p.attention.context = const_cast<T*>(a.take("contexts", contexts, {p.B, p.steps, p.D}));
+  p.attention.weights = const_cast<T*>(a.take("weights", found, {p.B, p.steps, p.S}));
+  p.attentional = const_cast<T*>(a.take("attentional", attentional, {p.B, p.steps, p.M}));
+  p.reserve = const_cast<T*>(a.take("reserve", reserve, {p.layers, p.B, p.steps, a.cell.saved * padded(p.H)}));
+  p.d_hidden = a.take("d_hidden", d_hidden, {p.layers, p.B, p.steps, p.H});
+  p.d_c_n = a.take("d_c_n", d_c_n, {p.layers, p.B, p.H});
+  p.d_contexts = a.take("d_contexts", d_contexts, {p.B, p.steps, p.D});
+  p.d_weights = a.take("d_weights", d_weights, {p.B, p.steps, p.S});
+  p.d_attentional = a.take("d_attentional", d_attentional, {p.B, p.steps, p.M});
+  if (p.M && !attentional) fail("attentional: expected a tensor, as there is w_output");
+
+  std::vector<Tensor> results;
+  const auto zeros = [&](const MaybeTensor& like) {
+    results.push_back(like ? torch::stable::new_zeros(given.input, like->sizes())
+                           : torch::stable::new_empty(given.input, std::vector<int64_t>{0}));
+    return like ? results.back().template mutable_data_ptr<T>() : nullptr;
+  };
+  p.d_input = zeros(need_input ? MaybeTensor(given.input) : MaybeTensor());
+  p.d_keys = zeros(given.keys);
+  p.d_values = zeros(given.values);
+  p.d_h0 = zeros(given.h0);
+  p.d_c0 = zeros(given.c0);
+  p.d_context0 = zeros(given.context0);
+  p.d_attentional0 = zeros(given.attentional0);
+  p.d_w_query = zeros(given.w_query);
+  p.d_b_query = zeros(given.b_query);
+  T* d_v = zeros(given.v);
+  p.d_w_output = zeros(given.w_output);
+  p.d_b_output = zeros(given.b_output);
+  std::vector<LayerWeights<T>> layers;
+  for (size_t i = 0; i < given.weights.size();) {
+    LayerWeights<T> layer{};
+    layer.w_ih = zeros(given.weights[i++]);
+    layer.w_hh = zeros(given.weights[i++]);
+    if (given.has_bias) {
+      layer.b_ih = zeros(given.weights[i++]);
+      layer.b_hh = zeros(given.weights[i++]);
+    }
+    layers.push_back(layer);
+  }
+  p.d_layers = layers.data();
+  std::vector<T> per_row(size_t(p.B * p.A), T(0));
+  p.d_v = per_row.data();
+
+  const DecoderKernels<T>& k = kernels<T>();
+  a.plan(2.5);
+  k.backward_scratch(int(number), &p);
+  a.take_scratch(0);
+  if (p.B && p.steps) {
+    run_gang(p.threads, [&](Gang& gang) { k.backward(int(number), p, gang); });
+  } else if (p.d_c0 && p.d_c_n) {
+    std::copy_n(p.d_c_n, p.layers * p.B * p.H, p.d_c0);
+  }
+  for (int64_t i = 0; d_v && i < p.B * p.A; ++i) d_v[i % p.A] += per_row[size_t(i)];
+  return results;
+}
+
+template <class T>
+Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, const MaybeTensor& w_query,
+            const MaybeTensor& b_query, const MaybeTensor& w_output, const MaybeTensor& b_output) {
   Arguments<T> a(number);
   DecoderProblem<T>& p = a.p;
   if (weights.size() < 2 || weights[0].dim() != 2 || weights[1].dim() != 2) {
@@ -295,9 +378,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_fwd_cpu(
     Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0, MaybeTensor c0, MaybeTensor context0,
     MaybeTensor attentional0, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query, MaybeTensor b_query,
     MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, bool save) {
+  const Given given{options,  scale,        input,   keys,     values,  lengths, mask, h0,       c0,
+                    context0, attentional0, weights, has_bias, w_query, b_query, v,    w_output, b_output};
+  return with_dtype(input, [&](auto t) { return forward<decltype(t)>(cell, given, packed_keys, packed, save); });
+}
+
+std::vector<Tensor> decoder_bwd_cpu(int64_t cell, std::vector<int64_t> options, double scale, Tensor input, Tensor keys,
+                                    Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0,
+                                    MaybeTensor c0, MaybeTensor context0, MaybeTensor attentional0,
+                                    std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query,
+                                    MaybeTensor b_query, MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output,
+                                    Tensor hidden, Tensor contexts, Tensor found, MaybeTensor attentional,
+                                    Tensor reserve, MaybeTensor d_hidden, MaybeTensor d_c_n, MaybeTensor d_contexts,
+                                    MaybeTensor d_weights, MaybeTensor d_attentional, bool need_input) {
+  const Given given{options,  scale,        input,   keys,     values,  lengths, mask, h0,       c0,
+                    context0, attentional0, weights, has_bias, w_query, b_query, v,    w_output, b_output};
   return with_dtype(input, [&](auto t) {
-    return forward<decltype(t)>(cell, options, scale, input, keys, packed_keys, values, lengths, mask, h0, c0, context0,
-                                attentional0, weights, has_bias, w_query, b_query, v, w_output, b_output, packed, save);
+    return backward<decltype(t)>(cell, given, hidden, contexts, found, attentional, reserve, d_hidden, d_c_n,
+                                 d_contexts, d_weights, d_attentional, need_input);
   });
 }
 
@@ -311,6 +409,7 @@ Tensor decoder_pack_cpu(int64_t cell, std::vector<Tensor> weights, bool has_bias
 
 STABLE_TORCH_LIBRARY_IMPL(seqattn, CPU, m) {
   m.impl("decoder_fwd", TORCH_BOX(&decoder_fwd_cpu));
+  m.impl("decoder_bwd", TORCH_BOX(&decoder_bwd_cpu));
   m.impl("decoder_pack", TORCH_BOX(&decoder_pack_cpu));
 }
 

@@ -34,8 +34,8 @@ struct DecoderProblem {
   // Columns of the input, the context and the attentional vector in w_ih of the first layer (-1: not fed), which has
   // `width` of them; of context and h in w_output.
   int64_t width, input_at, context_at, attentional_at, output_context_at, output_hidden_at;
-  T scale;                    // of dot scores
-  AttentionArgs<T> attention;  // keys, values, v, lengths and mask; results of all steps; query is the kernel's own
+  T scale;                         // of dot scores
+  AttentionArgs<T> attention;      // keys, values, v, lengths and mask; results of all steps; query is the kernel's own
   const LayerWeights<T>* weights;  // [layers]
   const T *w_query, *b_query, *w_output, *b_output;  // [A, H], [A], [M, D + H], [M]; null: absent
   const T *input, *h0, *c0, *context0, *attentional0;
@@ -46,13 +46,15 @@ struct DecoderProblem {
   // Backward; a null gradient coming in is zero, one going out isn't wanted. Weight gradients are added to.
   const T *d_hidden, *d_c_n, *d_contexts, *d_weights, *d_attentional;
   T *d_input, *d_keys, *d_values, *d_h0, *d_c0, *d_context0, *d_attentional0;
-  T* d_v;  // [B, A] one sum per row
-  LayerWeights<T>* d_layers;
+  T* d_v;                     // [B, A] one sum per row
+  LayerWeights<T>* d_layers;  // pointers to be written through
+  T *d_w_query, *d_b_query, *d_w_output, *d_b_output;
 
   bool split;           // each thread takes tiles of its own
   int64_t chunk_steps;  // steps whose input projections (forward) or gradients (backward) are kept at a time
-  T* scratch;           // [1, or threads where split] of tile_scratch, then [threads] of thread_scratch
-  int64_t tile_scratch, thread_scratch;
+  // common_scratch (backward), then [1, or threads where split] of tile_scratch, then [threads] of thread_scratch.
+  T* scratch;
+  int64_t common_scratch, tile_scratch, thread_scratch;
   int threads;
 
   SEQATTN_HERE int64_t tiles() const { return (B + kDecoderRows - 1) / kDecoderRows; }
@@ -69,6 +71,8 @@ struct DecoderKernels {
   void (*pack)(int cell, const DecoderProblem<T>&, Gang&);
   void (*forward_scratch)(int cell, DecoderProblem<T>*);
   void (*forward)(int cell, const DecoderProblem<T>&, Gang&);
+  void (*backward_scratch)(int cell, DecoderProblem<T>*);
+  void (*backward)(int cell, const DecoderProblem<T>&, Gang&);
 };
 
 struct DecoderTable {

@@ -240,8 +240,8 @@ class DecoderForward {
           for (int64_t j = 0; j < ld; j += W) store(pre + t * ld + j, load(bias + j));
         }
         if (p_.I == 0) continue;
-        multiply(pre, ld, p_.input + ((b0_ + i) * p_.steps + t0) * p_.I, p_.I, layer.ih_panel(p), p_.width,
-                 p_.input_at, p_.I, steps, units);
+        multiply(pre, ld, p_.input + ((b0_ + i) * p_.steps + t0) * p_.I, p_.I, layer.ih_panel(p), p_.width, p_.input_at,
+                 p_.I, steps, units);
       }
     }
   }

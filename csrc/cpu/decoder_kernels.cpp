@@ -1,5 +1,5 @@
 // The attentional decoder for one instruction set.
-#include "decoder_forward.h"
+#include "decoder_backward.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
@@ -20,6 +20,12 @@ constexpr DecoderKernels<T> kernels() {
       },
       [](int number, const DecoderProblem<T>& p, Gang& gang) {
         with_cell(number, [&](auto cell) { decoder_forward<decltype(cell), T>(p, gang); });
+      },
+      [](int number, DecoderProblem<T>* p) {
+        with_cell(number, [&](auto cell) { decoder_backward_scratch<decltype(cell), T>(p); });
+      },
+      [](int number, const DecoderProblem<T>& p, Gang& gang) {
+        with_cell(number, [&](auto cell) { decoder_backward<decltype(cell), T>(p, gang); });
       },
   };
 }
