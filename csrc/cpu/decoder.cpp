@@ -76,8 +76,8 @@ struct Arguments {
   explicit Arguments(int64_t number) : cell(cell_info(number)) {}
 
   const T* take(const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
-    check_tensor(name, t, dtype_of<T>(), shape);
     kept.push_back(dense(t));
+    check_tensor(name, kept.back(), dtype_of<T>(), shape);
     return kept.back().template const_data_ptr<T>();
   }
   const T* take(const char* name, const MaybeTensor& t, const std::vector<int64_t>& shape) {
