@@ -54,6 +54,15 @@ def _always(request: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderRequest:
+    """What a decoder asks for, as far as the choice of a backend depends on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    unserved: str | None  # an option that one operator for all steps doesn't have
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     name: str
     why_not: Callable[[Any], str | None]
@@ -107,6 +116,21 @@ def _torch_why_not(request: Request) -> str | None:
     return None if request.extras is None else f"torch's own function has no {request.extras}"
 
 
+def decoder_why_not(request: DecoderRequest) -> str | None:
+    """Why one native operator can't run all steps of a decoder, or None."""
+    if native.why_not() is not None:
+        return native.why_not()
+    if request.device.type != "cpu":
+        return f"the CPU kernels take CPU tensors, got {request.device}"
+    if request.dtype not in _NATIVE_DTYPES:
+        return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
+    return None if request.unserved is None else f"the operator of all steps doesn't have {request.unserved}"
+
+
+def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
+    return None if request.unserved is None else f"the reference doesn't have {request.unserved}"
+
+
 def _never(request: Any) -> None:
     return None
 
@@ -123,6 +147,13 @@ RECURRENCE: Sequence[Backend] = (
 ATTENTION: Sequence[Backend] = (
     Backend("cpu", _cpu_attention_why_not),
     Backend("reference", _never),
+)
+
+# All steps in one operator; a step at a time from the package's cells and attention; plain torch.
+DECODER: Sequence[Backend] = (
+    Backend("cpu", decoder_why_not),
+    Backend("composed", _never),
+    Backend("reference", _reference_decoder_why_not),
 )
 
 

@@ -10,11 +10,18 @@ from seqattn_kernels.functional.attention import (
     prepare_keys,
 )
 from seqattn_kernels.functional.cells import gru_cell, lstm_cell, rnn_cell
+from seqattn_kernels.functional.decoder import attention_decoder
+from seqattn_kernels.functional.decoder_loop import DecoderMemory, DecoderState
+from seqattn_kernels.functional.decoder_run import DecoderOutput
 from seqattn_kernels.functional.recurrence import gru, lstm, pack_weights, rnn
 
 __all__ = [
+    "DecoderMemory",
+    "DecoderOutput",
+    "DecoderState",
     "PreparedKeys",
     "additive_attention",
+    "attention_decoder",
     "concat_attention",
     "dot_attention",
     "feature_attention",

@@ -10,6 +10,7 @@ from seqattn_kernels.nn.attention import (
     GeneralAttention,
 )
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
+from seqattn_kernels.nn.decoder import AttentionDecoder
 from seqattn_kernels.nn.freezing import freeze, frozen, unfreeze
 from seqattn_kernels.nn.recurrent import GRU, LSTM, RNN
 
@@ -18,6 +19,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AttentionDecoder",
     "ConcatAttention",
     "DotAttention",
     "FeatureAttention",
