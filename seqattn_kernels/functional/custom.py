@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from seqattn_kernels import ops
 from seqattn_kernels.functional.arguments import expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.attention import finish
 from seqattn_kernels.functional.masks import resolve_masks
@@ -31,9 +32,7 @@ def register_score(name: str, score: Callable[..., Tensor], triton: Any = None) 
     if name in SCORES:
         raise ValueError(f"name: expected one that is not taken, got {name!r}")
     if triton is not None:
-        from seqattn_kernels.kernels import scores as kernels
-
-        kernels.register(name, triton)
+        ops.scores.register_kernel(name, triton)
     SCORES[name] = score
 
 

@@ -150,7 +150,9 @@ def cosine_attention(
         lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     direction = F.normalize(query, dim=-1, eps=eps)
     if isinstance(scale, Tensor):
-        if scale.dim() >= query.dim() or torch.broadcast_shapes(scale.shape, query.shape[:-1]) != query.shape[:-1]:
+        leading = query.shape[:-1]
+        fits = all(n in (1, m) for n, m in zip(reversed(scale.shape), reversed(leading), strict=False))
+        if scale.dim() > len(leading) or not fits:
             raise ValueError(
                 f"scale: expected a shape that broadcasts to {list(query.shape[:-1])} (from query), got "
                 f"{list(scale.shape)}"

@@ -300,4 +300,4 @@ class CosineAttention(Attention):
         )
 
     def extra_repr(self) -> str:
-        return self._repr(f"scale={float(self.scale):g}")
+        return self._repr(f"scale={torch.as_tensor(self.scale).item():g}")

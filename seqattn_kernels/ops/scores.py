@@ -6,6 +6,7 @@ of these two; additive attention as such is one operator, in `seqattn_kernels.op
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -47,6 +48,11 @@ _ON_CPU: tuple[str, ...] = () if native.extension is None else tuple(native.exte
 def native_kinds(device: str) -> tuple[str, ...]:
     """The scores that a kernel exists for on devices of this type."""
     return _ON_CPU if device == "cpu" else tuple(reference.attention.SCORES)
+
+
+def register_kernel(name: str, triton: Any) -> None:
+    """A fused kernel on GPUs for the score of this name: a pair of Triton functions, term and gradients."""
+    importlib.import_module("seqattn_kernels.kernels.scores").register(name, triton)
 
 
 class ScoresFunction(torch.autograd.Function):
