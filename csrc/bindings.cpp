@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
 #include "cuda/plan.h"
+#include "scores/registry.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "poison_allocations", [](bool on) { seqattn::poison_allocations = on; }, py::arg("on"),
       "Fill results with NaN before kernels write them, so that a value left out shows: for tests.");
+  m.def(
+      "scores",
+      [] {
+        std::vector<std::string> names;
+#define SEQATTN_NAME(Score) names.emplace_back(seqattn::Score::kName);
+        SEQATTN_SCORES(SEQATTN_NAME)
+#undef SEQATTN_NAME
+        return names;
+      },
+      "Names of the attention scores, as the `kind` argument of scores_fwd has them.");
   m.def(
       "gang_size",
       [](int threads) {
