@@ -82,16 +82,18 @@ def configurations() -> Iterator[Configuration]:
                     f"scores_bwd of {side}, {g.N}x{g.A}", scores_bwd_kernel, constants, g.warps, dtype, g.N * g.A * 4,
                     {"m_step": "1"} if own_query else {"n_step": "1"},
                 )  # fmt: skip
-        for kind in ("softmax", "sparsemax", "entmax15"):
+        for kind in ("softmax", "sparsemax", "entmax15", "sigmoid"):
             for added in (None, True, False):
                 mask = {"mask": None} if added is None else {}
                 yield Configuration(
                     f"normalize_fwd {kind}, " + {None: "no mask", True: "added", False: "boolean"}[added],
-                    normalize_fwd_kernel, dict(KIND=kind, ADDED=bool(added), BLOCK=1024, **mask), 2, dtype,
+                    normalize_fwd_kernel,
+                    dict(KIND=kind, ADDED=bool(added), SCALED=True, FILLED=False, ZERO_EMPTY=True, BLOCK=1024, **mask), 2,
+                    dtype,
                     types={} if added is None else {"mask": "*fp32" if added else "*u8"},
                 )  # fmt: skip
             yield Configuration(
-                f"normalize_bwd {kind}", normalize_bwd_kernel, dict(KIND=kind, BLOCK=1024), 2, dtype
+                f"normalize_bwd {kind}", normalize_bwd_kernel, dict(KIND=kind, ADDED=False, BLOCK=1024, mask=None), 2, dtype
             )  # fmt: skip
         yield Configuration(
             "step_fwd", step_fwd_kernel,
@@ -127,7 +129,10 @@ def compiled(configuration: Configuration, target: GPUTarget) -> Any:
             constants[name] = int(configuration.types[name])
         else:
             pointer = name.islower()
-            integer = pointer and name in "n_step m_step mask_b mask_t splits".split()
+            integer = pointer and name in "n_step m_step mask_b mask_t splits heads".split()
+            if name in ("scale", "temperature", "fill", "factor"):
+                signature[name] = "fp32"
+                continue
             if not pointer or integer:
                 signature[name] = "i32"
             elif name in configuration.types:

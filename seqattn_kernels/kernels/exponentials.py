@@ -27,12 +27,12 @@ def scaled_v(v, largest):
     return tl.where(w < 0, tl.minimum(w, -9.313225746154785e-10), tl.maximum(w, 9.313225746154785e-10))
 
 
-@triton.jit(do_not_specialize=["N", "NP"])
+@triton.jit(do_not_specialize=["N", "NP", "heads"])
 def exponentials_kernel(
     x,  # [B, N, A]
-    v,  # [A]: exponentials are divided by v, scaled, and the coefficients written; or None
+    v,  # [H, A], row b % H: exponentials are divided by v, scaled, and the coefficients written; or None
     out,  # float32 [B, NP / BLOCK, AP, BLOCK], NP >= N
-    coefficients,  # float32, of each group of UNROLL: 1/v and half the sum of v; then log2 of the range, scale
+    coefficients,  # float32, for each row of v: of each group of UNROLL: 1/v and half the sum of v; then log2 of the range, scale
     ranges,  # float32 [B, NP / 32, 2]: largest and least x of each 32 rows
     lengths,  # [B] or None: rows past it are not looked at
     used,  # uint8 [B, N] or None: likewise rows of zero
@@ -40,6 +40,7 @@ def exponentials_kernel(
     NP,
     A,
     AP,
+    heads,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     V_COLUMNS: tl.constexpr,  # power of two, at least AP
@@ -57,10 +58,12 @@ def exponentials_kernel(
         valid = valid & (tl.load(used + b * N + n, mask=valid, other=0) != 0)
     largest = 1.0
     if v is not None:
+        v += b % heads * A
         all_a = tl.arange(0, V_COLUMNS)
         all_v = tl.load(v + all_a, mask=all_a < A, other=0.0).to(tl.float32)
         largest = tl.max(tl.abs(all_v), 0)
-        if tl.program_id(0) == 0:
+        if (first == 0) & (b < heads):
+            coefficients += b * (AP // UNROLL * (UNROLL + 1) + 2)
             w = scaled_v(all_v, largest)
             groups: tl.constexpr = V_COLUMNS // UNROLL
             inverse = 1.0 / w

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ def on_device(t: Tensor) -> Any:
 
 def padded(n: int, to: int) -> int:
     return triton.cdiv(n, to) * to
+
+
+def rows_of(v: Tensor | None) -> int:
+    """H of v [H, A] or [A]: batch element b has row b % H."""
+    return 1 if v is None or v.dim() == 1 else v.shape[0]
 
 
 class Masks(NamedTuple):
@@ -84,11 +90,12 @@ def exponentials(
     rows_padded, columns = padded(rows, max(block, _SIDE_ROWS)), padded(width, unroll)
     out = x.new_empty(batch, rows_padded, columns, dtype=torch.float32)
     ranges = x.new_empty(batch, rows_padded // _SIDE_ROWS, 2, dtype=torch.float32)
-    coefficients = None
+    coefficients, heads = None, 1
     if v is not None:
-        coefficients = x.new_empty(columns // unroll * (unroll + 1) + 2, dtype=torch.float32)
+        heads = rows_of(v)
+        coefficients = x.new_empty(heads, columns // unroll * (unroll + 1) + 2, dtype=torch.float32)
     exponentials_kernel[(batch * (rows_padded // _SIDE_ROWS),)](
-        x, v, out, coefficients, ranges, lengths, used, rows, rows_padded, width, columns,
+        x, v, out, coefficients, ranges, lengths, used, rows, rows_padded, width, columns, heads,
         BLOCK=block, UNROLL=unroll, V_COLUMNS=max(triton.next_power_of_2(columns), unroll), COLUMNS=32, num_warps=4,
     )  # fmt: skip
     return Side(out, ranges, coefficients)
@@ -113,7 +120,7 @@ def scores_fwd(
             k = exponentials(keys, tile.S, None, masks.lengths, masks.used(), tile.unroll)
         scores_fwd_kernel[(batch * triton.cdiv(steps, tile.T) * triton.cdiv(source, tile.S),)](
             query, keys, v, q.exponentials, k.exponentials, q.coefficients, q.ranges, k.ranges, masks.lengths, out,
-            steps, source, width, padded(width, tile.unroll),
+            steps, source, width, padded(width, tile.unroll), rows_of(v),
             FORWARD=score.forward, MERGED=merged, T_BLOCK=tile.T, S_BLOCK=tile.S, UNROLL=tile.unroll, TARGET=target(),
             num_warps=tile.warps,
         )  # fmt: skip
@@ -144,7 +151,7 @@ def scores_bwd(
         rows_q, rows_k = padded(steps, _SIDE_ROWS), padded(source, _SIDE_ROWS)
         partial = None
         if v is not None:
-            partial = query.new_empty(batch * triton.cdiv(steps, tile.N), width, dtype=torch.float32)
+            partial = query.new_empty(batch, triton.cdiv(steps, tile.N), width, dtype=torch.float32)
         for own_query in (True, False):
             own, other = (query, keys) if own_query else (keys, query)
             a, b = (q, k) if own_query else (k, q)
@@ -153,14 +160,14 @@ def scores_bwd(
             scores_bwd_kernel[(batch * triton.cdiv(n, tile.N) * triton.cdiv(width, tile.A),)](
                 own, other, v, a.exponentials, b.exponentials, a.ranges, b.ranges, d_scores, masks.lengths, used,
                 d_query if own_query else d_keys, partial if own_query else None, n, m, width, columns, n_rows, m_rows,
-                source if own_query else 1, 1 if own_query else source,
+                source if own_query else 1, 1 if own_query else source, rows_of(v),
                 FORWARD=score.forward, GRADIENT=score.gradient, MERGED=merged, OWN_QUERY=own_query,
                 WITH_V=own_query and v is not None, N_BLOCK=tile.N, A_BLOCK=tile.A,
                 OWN_ENTRIES=triton.next_power_of_2(n_rows // _SIDE_ROWS),
                 OTHER_ENTRIES=triton.next_power_of_2(m_rows // _SIDE_ROWS), TARGET=target(), num_warps=tile.warps,
             )  # fmt: skip
         if v is not None and partial is not None:
-            d_v = partial.sum(0).to(v.dtype)
+            d_v = partial.view(batch // rows_of(v), rows_of(v), -1, width).sum((0, 2)).view_as(v).to(v.dtype)
     return d_query.to(query.dtype), d_keys.to(keys.dtype), d_v
 
 
@@ -171,65 +178,102 @@ def _row_block(source: int) -> tuple[int, int]:
     return block, max(1, min(32, block // 512))
 
 
-def normalize_fwd(kind: str, scores: Tensor, weights: Tensor, masks: Masks) -> Tensor:
-    """Weights from scores [B, T, S], written to `weights`, which may be the scores themselves."""
+def normalize_fwd(
+    kind: str, scores: Tensor, weights: Tensor, masks: Masks = Masks(), scale: float = 1.0,  # noqa: B008
+    temperature: float = 1.0, fill: float = -math.inf, zero_empty: bool = True,
+) -> Tensor:  # fmt: skip
+    """Weights of scores [B, T, S], written to `weights`, which may be the scores themselves.
+
+    ``kind`` of ``(scale * scores + mask) / temperature``, with `fill` where lengths or a boolean mask hide a key.
+    """
     _, steps, source = scores.shape
     if scores.numel():
         block, warps = _row_block(source)
         with on_device(scores):
             normalize_fwd_kernel[(scores.shape[0] * steps,)](
-                scores, weights, masks.lengths, masks.mask, *masks.strides(), steps, source,
-                KIND=kind, ADDED=masks.added, BLOCK=block, num_warps=warps,
+                scores, weights, masks.lengths, masks.mask, *masks.strides(), steps, source, float(scale),
+                float(temperature), float(fill),
+                KIND=kind, ADDED=masks.added, SCALED=scale != 1 or temperature != 1, FILLED=fill != -math.inf,
+                ZERO_EMPTY=zero_empty, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return weights
 
 
 def normalize_bwd(
-    kind: str, weights: Tensor, d_weights: Tensor | None, d_weights_too: Tensor | None, d_scores: Tensor
+    kind: str, weights: Tensor, d_weights: Tensor | None, d_weights_too: Tensor | None, d_scores: Tensor,
+    masks: Masks = Masks(), factor: float = 1.0,  # noqa: B008
 ) -> Tensor:  # fmt: skip
-    """Gradient of the scores from that of the weights [..., S], written to `d_scores`, which may be a gradient."""
-    source = weights.shape[-1]
+    """`factor` times the gradient of what was normalised, [B, T, S], from that of the weights; 0 at hidden keys.
+
+    Written to `d_scores`, which may be a gradient. `masks` is needed only where hidden keys have weight.
+    """
+    _, steps, source = weights.shape
     if weights.numel():
         block, warps = _row_block(source)
         with on_device(weights):
-            normalize_bwd_kernel[(weights.numel() // source,)](
-                weights, d_weights, d_weights_too, d_scores, source, KIND=kind, BLOCK=block, num_warps=warps
+            normalize_bwd_kernel[(weights.shape[0] * steps,)](
+                weights, d_weights, d_weights_too, d_scores, masks.lengths, masks.mask, *masks.strides(), steps, source,
+                float(factor), KIND=kind, ADDED=masks.added, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return d_scores
+
+
+STEP_WIDTH = 4096  # columns a step kernel holds in registers
 
 
 def step_fwd(
     score: Score, query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor, masks: Masks, need_weights: bool,
     split: int | None = None, block: int | None = None, warps: int = 4,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Softmax attention of one query [B, A] for each batch element: context [B, D], weights [B, S]."""
-    (batch, width), source, depth = query.shape, keys.shape[1], values.shape[2]
-    context = query.new_empty(batch, depth)
-    weights = query.new_empty(batch, source) if need_weights else None
-    if batch == 0 or source == 0:
+    """Softmax attention of a few queries [B, T, A] for each batch element: context [B, T, D], weights [B, T, S]."""
+    (batch, steps, width), source, depth = query.shape, keys.shape[1], values.shape[2]
+    context = query.new_empty(batch, steps, depth)
+    weights = query.new_empty(batch, steps, source) if need_weights else None
+    if batch == 0 or source == 0 or steps == 0:
         return context.zero_(), weights
+    scores = query.new_empty(batch, steps, source, dtype=torch.float32) if need_weights else None
+    partial, splits = _step(score, query, keys, v, values, masks, scores, split, block, warps)
+    join = min(128, triton.next_power_of_2(max(depth, 16)))
+    with on_device(query):
+        step_join_kernel[(batch * steps * max(1, triton.cdiv(depth, join)),)](
+            scores, partial, masks.lengths, context, weights, steps, source, depth, splits,
+            SPLITS=triton.next_power_of_2(splits), S_BLOCK=512, D_BLOCK=join, num_warps=4,
+        )  # fmt: skip
+    return context, weights
+
+
+def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
+    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
+    scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
+    if scores.numel():
+        _step(score, query, keys, v, None, Masks(), scores, None, None, 4)
+    return scores
+
+
+def _step(
+    score: Score, query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor | None, masks: Masks,
+    scores: Tensor | None, split: int | None, block: int | None, warps: int,
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    (batch, steps, width), source = query.shape, keys.shape[1]
+    depth = 0 if values is None else values.shape[2]
     query, keys, values, v = (t if t is None else t.contiguous() for t in (query, keys, values, v))
     a_block, d_block = (triton.next_power_of_2(max(n, 16)) for n in (width, depth))
     block = block or max(1, min(32, 8192 // max(a_block, d_block)))
     if split is None:
         # Some thousand programs fill any GPU several times over; fewer splits leave less to join.
-        split = max(4 * block, padded(triton.cdiv(source * batch, 2048), block))
+        split = max(4 * block, padded(triton.cdiv(source * batch * steps, 2048), block))
     splits = triton.cdiv(source, split)
+    partial = None
+    if values is not None:
+        partial = query.new_empty(batch, steps, splits, depth + 2, dtype=torch.float32)
     with on_device(query):
-        scores = query.new_empty(batch, source, dtype=torch.float32) if need_weights else None
-        partial = query.new_empty(batch, splits, depth + 2, dtype=torch.float32)
-        step_fwd_kernel[(batch * splits,)](
-            query, keys, v, values, masks.lengths, masks.mask, masks.strides()[0], scores, partial, source, width,
-            depth, split,
-            FORWARD=score.forward, QUICK=score.quick, ADDED=masks.added, S_BLOCK=block, A_BLOCK=a_block, D_BLOCK=d_block,
-            TARGET=target(), num_warps=warps,
+        step_fwd_kernel[(batch * steps * splits,)](
+            query, keys, v, values, masks.lengths, masks.mask, *masks.strides(), scores, partial, steps, source, width,
+            depth, split, rows_of(v),
+            FORWARD=score.forward, QUICK=None if values is None else score.quick, ADDED=masks.added, S_BLOCK=block,
+            A_BLOCK=a_block, D_BLOCK=d_block, TARGET=target(), num_warps=warps,
         )  # fmt: skip
-        join = min(128, d_block)
-        step_join_kernel[(batch * max(1, triton.cdiv(depth, join)),)](
-            scores, partial, masks.lengths, context, weights, source, depth, splits,
-            SPLITS=triton.next_power_of_2(splits), S_BLOCK=512, D_BLOCK=join, num_warps=4,
-        )  # fmt: skip
-    return context, weights
+    return partial, splits
 
 
 def step_bwd(
@@ -249,11 +293,14 @@ def step_bwd(
     partial = query.new_empty(batch, splits, 2, width, dtype=torch.float32)
     with on_device(query):
         step_bwd_kernel[(batch * splits,)](
-            query, keys, v, d_scores.contiguous(), masks.lengths, masks.used(), d_keys, partial, source, width, split,
+            query, keys, v, d_scores.contiguous(), masks.lengths, masks.used(), d_keys, partial, source, width, split, rows_of(v),
             FORWARD=score.forward, GRADIENT=score.gradient, QUICK=score.quick, S_BLOCK=block, A_BLOCK=a_block,
             TARGET=target(), num_warps=warps,
         )  # fmt: skip
-    d_query, d_v = partial.sum(1)[:, 0], partial.sum((0, 1))[1]
+    d_query, d_v = partial.sum(1).unbind(1)
     if v is None:
         return d_query.to(query.dtype), d_keys, None
-    return (d_query * v.float()).to(query.dtype), d_keys, d_v.to(v.dtype)
+    heads = rows_of(v)
+    d_query = d_query.view(-1, heads, width) * v.view(heads, width).float()
+    d_v = d_v.reshape(-1, heads, width).sum(0).view_as(v)
+    return d_query.view_as(query).to(query.dtype), d_keys, d_v.to(v.dtype)

@@ -66,11 +66,11 @@ def direct_rows(
     return acc, acc_v
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "heads"])
 def scores_bwd_kernel(
     own,  # [B, N, A]: queries or keys, whose gradient this is
     other,  # [B, M, A]
-    v,  # [A] or None
+    v,  # [H, A] or None: batch element b has row b % H
     own_exp,  # float32 [B, NP, AP]; the four only with MERGED
     other_exp,  # float32 [B, MP, AP]
     own_ranges,  # [B, NP / 32, 2]
@@ -88,6 +88,7 @@ def scores_bwd_kernel(
     MP,
     n_step,  # strides of d_scores along N and M: S and 1 for queries
     m_step,
+    heads,
     FORWARD: tl.constexpr,
     GRADIENT: tl.constexpr,
     MERGED: tl.constexpr,
@@ -155,7 +156,7 @@ def scores_bwd_kernel(
             count, A, FORWARD, GRADIENT, OWN_QUERY, N_BLOCK, A_BLOCK, WITH_V,
         )  # fmt: skip
     if v is not None:
-        acc *= tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(v + b % heads * A + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(d_own + place, acc, mask=there)
     if WITH_V:
         total = tl.sum(tl.where(n_mask[:, None], acc_v, 0.0), 0)

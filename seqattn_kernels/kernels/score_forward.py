@@ -91,14 +91,14 @@ def direct_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "heads"])
 def scores_fwd_kernel(
     query,  # [B, T, A]
     keys,  # [B, S, A]
-    v,  # [A] or None
+    v,  # [H, A] or None: batch element b has row b % H
     q_exp,  # float32 [B, TP / T_BLOCK, AP, T_BLOCK] / v, blocked; the four only with MERGED
     k_exp,  # float32 [B, SP / S_BLOCK, AP, S_BLOCK], blocked
-    coefficients,
+    coefficients,  # [H, ...]
     q_ranges,  # [B, TP / 32, 2]
     k_ranges,  # [B, SP / 32, 2]
     lengths,  # [B] or None: tiles past it are left as they are
@@ -107,6 +107,7 @@ def scores_fwd_kernel(
     S,
     A,
     AP,
+    heads,
     FORWARD: tl.constexpr,
     MERGED: tl.constexpr,
     T_BLOCK: tl.constexpr,
@@ -124,9 +125,13 @@ def scores_fwd_kernel(
     if lengths is not None:
         if s_block * S_BLOCK >= tl.load(lengths + b):
             return
+    head = b % heads
+    if v is not None:
+        v += head * A
     if MERGED:
         q_entries: tl.constexpr = T_BLOCK // SIDE_ROWS
         k_entries: tl.constexpr = S_BLOCK // SIDE_ROWS
+        coefficients += head * (AP // UNROLL * (UNROLL + 1) + 2)
         end = coefficients + AP // UNROLL * (UNROLL + 1)
         q_most, q_least = range_of(q_ranges + b * t_blocks * q_entries * 2, q_entries, t_block * q_entries, q_entries)
         k_most, k_least = range_of(k_ranges + b * s_blocks * k_entries * 2, k_entries, s_block * k_entries, k_entries)

@@ -12,7 +12,7 @@ a record::
         sign = tl.where(q > k, 1.0, -1.0)
         return sign, -sign
 
-    register(Score("distance", distance, distance_gradient))
+    register("distance", (distance, distance_gradient))
 
 Functions get float32 blocks that broadcast against each other, and return float32 blocks.
 """
@@ -47,11 +47,12 @@ class Score:
 SCORES: dict[str, Score] = {}
 
 
-def register(score: Score) -> Score:
-    if score.name in SCORES:
-        raise ValueError(f"score: expected a new name, got {score.name!r}, which is registered")
-    SCORES[score.name] = score
-    return score
+def register(name: str, functions: tuple[Any, Any], **properties: Any) -> Score:
+    """Adds a score to the table. functions: forward and gradient, see `Score`, which has the other properties too."""
+    if name in SCORES:
+        raise ValueError(f"name: expected one that is not taken, got {name!r}")
+    SCORES[name] = Score(name, *functions, **properties)
+    return SCORES[name]
 
 
 @triton.jit
@@ -150,5 +151,5 @@ def dot_gradient(q, k):
     return k, q
 
 
-register(Score("additive", additive, additive_gradient, exponential=True, quick=additive_quick))
-register(Score("dot", dot, dot_gradient, product=True))
+register("additive", (additive, additive_gradient), exponential=True, quick=additive_quick)
+register("dot", (dot, dot_gradient), product=True)
