@@ -45,6 +45,7 @@ class Products {
   Products(torch::stable::Device device, ScalarType type, ScalarType sum_type)
       : device_(device), type_(type), sum_type_(sum_type) {}
 
+  Tensor view_of(const Matrix& m, ScalarType type) const { return view_as(m, type); }
   Tensor view(const Matrix& m) const { return view_as(m, type_); }
   Tensor view_sum(const Matrix& m) const { return view_as(m, sum_type_); }
 
@@ -64,7 +65,7 @@ class Products {
 
   // out = a b, where `out` has the type of sums.
   void multiply_to_sum(const Tensor& out, const Tensor& a, const Tensor& b) const {
-    if (type_ == sum_type_) return multiply(out, a, b);
+    if (a.scalar_type() == sum_type_) return multiply(out, a, b);
     if (out.dim() == 2 && &aoti_torch_cuda_mm_dtype_out != nullptr) {
       const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(sum_type_));
       return check(aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), b.get(), code));
