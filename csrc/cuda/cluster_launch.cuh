@@ -42,7 +42,7 @@ const char* start(const Args& args, Stream stream, Kernel kernel) {
   if (held == 0) return "the device has no room for a cluster of the size planned";
   const ClusterBatch batch =
       cluster_batch(Shape::kShape, args.rows.batch, held > args.directions ? held / args.directions : 1);
-  if (batch.columns > Shape::kColumns) return kTooMany;
+  if (batch.tiles > Shape::kColumnTiles) return kTooMany;
   l.grid = static_cast<int>(batch.clusters) * Shape::kCluster;
   l.grid_y = args.directions;
   launch(kernel, l, stream, args, batch.columns);
@@ -85,14 +85,11 @@ const char* choose(const Plan& plan, const Args& args, Stream stream, Kernel ker
   return result == kStarted ? nullptr : result;
 }
 
-template <class Cell, class T, int kPadded, int kCluster, int kTiles>
-using ForwardKind = ClusterForward<Cell, T, kPadded, kCluster, kTiles>;
-
 }  // namespace cluster
 
 template <class Cell, class T>
 const char* ClusterKernels<Cell, T>::forward(const Plan& plan, const Forward& args, Stream stream) {
-  return cluster::choose<cluster::ForwardKind, Cell, T>(
+  return cluster::choose<ClusterForward, Cell, T>(
       plan, args, stream, []<class Shape>(std::type_identity<Shape>) { return &cluster_forward<Shape>; });
 }
 

@@ -70,15 +70,16 @@ struct ClusterShape {
 // How a batch is shared out among the clusters a device holds at once for one direction: evenly, with as few sequences
 // a cluster as that allows (their exchange is what a step waits for), in as few rounds as the widest kernel needs.
 struct ClusterBatch {
-  int tiles, columns;
+  int tiles, columns;  // columns of a tile
   int64_t clusters;
 };
 constexpr ClusterBatch cluster_batch(ClusterShape shape, int64_t batch, int64_t resident) {
   shape.tiles = kMaxColumnTiles;
   const int64_t widest = shape.fits() ? 8 * kMaxColumnTiles : 8;
   const int64_t rounds = (batch + resident * widest - 1) / (resident * widest);
-  const int64_t columns = rounds ? (batch + resident * rounds - 1) / (resident * rounds) : 1;
-  return {columns > 8 ? kMaxColumnTiles : 1, static_cast<int>(columns), (batch + columns - 1) / columns};
+  const int64_t each = rounds ? (batch + resident * rounds - 1) / (resident * rounds) : 1;
+  const int64_t tiles = (each + 7) / 8, columns = (each + tiles - 1) / tiles;
+  return {static_cast<int>(tiles), static_cast<int>(columns), (batch + tiles * columns - 1) / (tiles * columns)};
 }
 
 }  // namespace seqattn::gpu

@@ -47,7 +47,7 @@ Plan plan_cluster(const PlanRequest& request, const Device& device) {
     plan.clusters = static_cast<int>(batch.clusters);
     plan.rows_per_block = shape.units();
     plan.warps = shape.warps();
-    plan.batch_columns = batch.columns;
+    plan.batch_columns = batch.tiles * batch.columns;
     plan.smem_bytes = request.backward ? shape.backward_shared_bytes() : shape.forward_shared_bytes();
     plan.weight_registers =
         request.backward ? shape.backward_held() * shape.row_tiles() * 8 : shape.forward_held() * cell.gates * 8;
