@@ -11,6 +11,7 @@
 // (4 * (c % 2) + c / 2) ^ (piece % 4): a warp reads pieces without bank conflicts and writes 64 contiguous bytes.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "../cells/registry.h"
@@ -44,6 +45,23 @@ struct Operand<float> {
   static SEQATTN_DEVICE float round(float x) { return x; }
   static SEQATTN_DEVICE uint32_t weight_bits(uint32_t x) { return to_tf32(bits_float(x)); }
 };
+
+// The bits of a number as memory has them, in a register of their own: loaded early, converted late. Pairs of shorter
+// types the compiler would pack at once, and so wait for the loads.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+template <class T>
+SEQATTN_DEVICE uint32_t load_bits(const T* from) {
+  return load(reinterpret_cast<const Bits<T>*>(from));
+}
+template <class T>
+SEQATTN_DEVICE float from_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return bits_float(bits << 16);
+  } else {
+    return to_float(std::bit_cast<T>(static_cast<Bits<T>>(bits)));
+  }
+}
 
 // A fragments of the two mma of a pair of k tiles.
 struct WeightPair {

@@ -64,16 +64,18 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 // What a lane keeps of its unit and its column of a tile from step to step.
 template <class Cell, class T>
 struct BackwardLane {
-  struct Values {  // of a step, as forward left them; converted only where used, so that nothing waits for them before
+  struct Values {  // of a step, as forward left them
     Vec<T, kept(Cell::kSaved, Cell::kHasCell)> saved;
-    T h_prev, d_output, d_cells;
+    uint32_t h_prev, d_output, d_cells;  // bits
     float c_prev;
   };
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
-  int row[4];  // rows of this iteration and the next three; -1 where the sequence takes no part
+  // Of even and odd iterations: one is written out for each, so that no register is copied from one to the next.
+  int row[2];     // -1 where the sequence takes no part
+  int coming[2];  // rows of the next but one iteration and the one after that
   float dh, dc, c_first, c_new;
-  Values values, next;  // of this iteration and the next: two steps are longer than memory takes
+  Values values[2];
 };
 
 template <class Shape>
@@ -162,10 +164,10 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
     values.c_prev = own.c_first;
     if (at >= 0) {
       values.saved = load(row_at(saved_rows, at, hidden * kKept * kBytes));
-      values.h_prev = load(row_at(h_prev_rows, at, hidden * kBytes));
+      values.h_prev = load_bits(row_at(h_prev_rows, at, hidden * kBytes));
       const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
-      if (has_d_output) values.d_output = load(row_at(d_output, out, ld_output));
-      if (has_d_cells) values.d_cells = load(row_at(d_cells, out, ld_cell));
+      if (has_d_output) values.d_output = load_bits(row_at(d_output, out, ld_output));
+      if (has_d_cells) values.d_cells = load_bits(row_at(d_cells, out, ld_cell));
     }
     if (Cell::kHasCell && before >= 0) values.c_prev = load(row_at(cell_rows, before, hidden * 4));
   };
@@ -188,10 +190,13 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
     own.dc = Cell::kHasCell ? initial(args.d_cn) : 0.f;
     own.c_first = Cell::kHasCell ? initial(args.c0) : 0.f;
     SEQATTN_UNROLL
-    for (int i = 0; i < 4; ++i) own.row[i] = row_of(start + i * back, own.sequence, own.length);
-    own.values = own.next = typename Lane::Values{};
-    fetch(own, own.values, start, own.row[0], own.row[1]);
-    fetch(own, own.next, start + back, own.row[1], own.row[2]);
+    for (int i = 0; i < 2; ++i) {
+      own.row[i] = row_of(start + i * back, own.sequence, own.length);
+      own.coming[i] = row_of(start + (i + 2) * back, own.sequence, own.length);
+      own.values[i] = typename Lane::Values{};
+    }
+    fetch(own, own.values[0], start, own.row[0], own.row[1]);
+    fetch(own, own.values[1], start + back, own.row[1], own.coming[0]);
     own.c_new = Cell::kHasCell && own.row[0] >= 0 ? load(row_at(cell_rows, own.row[0], hidden * 4)) : 0.f;
   }
 
@@ -207,10 +212,9 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
 
-  const auto add_parts = [&](int e, int tile) {  // of iteration e, to dh
-    const int parity = e & 1;
+  const auto add_parts = [&](int e, int parity, int tile) {  // of iteration e, to dh
     const Shared<Barrier> barrier = barriers + (2 * tile + parity);
-    barrier_wait(barrier, static_cast<uint32_t>(e) >> 1 & 1);
+    barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
     if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
     if (2 * split < present_of(tile)) {
       const Shared<float> from = parts + (parity * kPartsFloats + tile * kTileFloats + part_place);
@@ -224,28 +228,28 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
     }
   };
 
-  for (int e = 0, t = start; e < steps; ++e, t += back) {
-    const int parity = e & 1;
+  for (int even = 0; even < steps; even += 2) {
     SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile > 0 && present_of(tile) <= 0) continue;
+    for (int turn = 0; turn < 2 * kTiles; ++turn) {
+      const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
+      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
       Lane& own = lanes[tile];
-      if (e > 0) add_parts(e - 1, tile);
+      if (e > 0) add_parts(e - 1, 1 - parity, tile);
 
       const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
       if (2 * split < present_of(tile)) {
         float d_pre[kSlots];
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
-        if (own.row[0] >= 0) {
+        if (own.row[parity] >= 0) {
           float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0;
           SEQATTN_UNROLL
-          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values.saved[i]);
+          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values[parity].saved[i]);
           if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
-          const float dh_new = has_d_output ? own.dh + to_float(own.values.d_output) : own.dh;
-          const float dc_new = has_d_cells ? own.dc + to_float(own.values.d_cells) : own.dc;
-          Cell::template backward<FastMath>(saved, to_float(own.values.h_prev), own.values.c_prev,
-                                            to_float(own.values.saved[0]), dh_new, dc_new, d_pre, &dh_before,
+          const float dh_new = has_d_output ? own.dh + from_bits<T>(own.values[parity].d_output) : own.dh;
+          const float dc_new = has_d_cells ? own.dc + from_bits<T>(own.values[parity].d_cells) : own.dc;
+          Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
+                                            to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
                                             &dc_before);
           own.dh = dh_before;
           if constexpr (Cell::kHasCell) own.dc = dc_before;
@@ -327,19 +331,18 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
           }
         }
       }
-      own.c_new = own.values.c_prev;
-      own.values = own.next;
-      fetch(own, own.next, t + 2 * back, own.row[2], own.row[3]);
-      SEQATTN_UNROLL
-      for (int i = 0; i < 3; ++i) own.row[i] = own.row[i + 1];
-      own.row[3] = row_of(t + 4 * back, own.sequence, own.length);
+      own.c_new = own.values[parity].c_prev;
+      own.row[parity] = own.coming[0];
+      own.coming[0] = own.coming[1];
+      own.coming[1] = row_of(t + 4 * back, own.sequence, own.length);
+      fetch(own, own.values[parity], t + 2 * back, own.row[parity], own.coming[0]);
     }
   }
 
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile > 0 && present_of(tile) <= 0) continue;
-    if (steps > 0) add_parts(steps - 1, tile);
+    if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
     const Lane& own = lanes[tile];
     if (own.live) {
       const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;

@@ -70,9 +70,11 @@ template <class Cell, class T>
 struct ForwardLane {
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
-  int row[3];  // rows of this step and the next two; -1 where the sequence takes no part
+  // Of even and odd steps: a step is written out for each, so that no register is copied from one to the next.
+  int row[2];  // -1 where the sequence takes no part
+  int coming;  // row of the next but one step
   float h, c;
-  T x[Cell::kGates], x_next[Cell::kGates];  // converted only where used, so that nothing waits for them before
+  uint32_t x[2][Cell::kGates];  // bits
 };
 
 template <class Shape>
@@ -156,11 +158,11 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
     if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
     return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  const auto load_x = [&](T(&x)[kGates], int row) {
+  const auto load_x = [&](uint32_t (&x)[kGates], int row) {
     const T* from = row_at(x_gates, row, gate_row);
     SEQATTN_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
-      if (row >= 0) x[gate] = load_readonly(from + gate * hidden);
+      if (row >= 0) x[gate] = load_bits(from + gate * hidden);
     }
   };
   float bias[kSlots];
@@ -185,11 +187,13 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
     own.h = own.live && h0 != nullptr ? to_float(h0[at]) : 0.f;
     own.c = Cell::kHasCell && own.live && args.c0 != nullptr ? to_float(static_cast<const T*>(args.c0)[at]) : 0.f;
     SEQATTN_UNROLL
-    for (int i = 0; i < 3; ++i) own.row[i] = row_of(start + i * forth, own.sequence, own.length);
-    SEQATTN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) own.x[gate] = own.x_next[gate] = from_float<T>(0.f);
-    load_x(own.x, own.row[0]);
-    load_x(own.x_next, own.row[1]);
+    for (int i = 0; i < 2; ++i) {
+      own.row[i] = row_of(start + i * forth, own.sequence, own.length);
+      SEQATTN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) own.x[i][gate] = 0;
+      load_x(own.x[i], own.row[i]);
+    }
+    own.coming = row_of(start + 2 * forth, own.sequence, own.length);
   }
 
   const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
@@ -203,9 +207,15 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
   const bool saving = args.saved != nullptr;
 
   // Where this lane finds and puts things.
-  const int operand_place = (split * kPairs * 4 + q) * 8 + ((4 * (g % 2) + g / 2) ^ q);
-  const int part_place = group * (kSplit * kSplit * kGates * 32) + lane * (kGates == 4 ? 4 : 1);
-  const int own_place = piece_place(group_unit / kPiece + (8 * (split / 2) + g) / kPiece, column);
+  constexpr int kPart = kGates * 32;  // floats that one warp leaves for another
+  const auto held_place = [](int place) { return Shape::kGroups <= 2 ? keep(place) : place; };  // where registers allow
+  const int operand_place = held_place((split * kPairs * 4 + q) * 8 + ((4 * (g % 2) + g / 2) ^ q));
+  const int own_place = held_place(piece_place(group_unit / kPiece + (8 * (split / 2) + g) / kPiece, column));
+  const int parts_place = group * (kSplit * kSplit * kPart) + lane * (kGates == 4 ? 4 : 1);
+  const int give_place = held_place(parts_place + split * kPart);
+  int take_place[kSplit];
+  SEQATTN_UNROLL
+  for (int i = 1; i < kSplit; ++i) take_place[i] = held_place(parts_place + (split * kSplit + (split ^ i)) * kPart);
   // The blocks this lane sends to: every kPiece-th.
   constexpr int kPeers = (kCluster + kPiece - 1) / kPiece;
   Remote<unsigned char> peers[kPeers];
@@ -215,15 +225,15 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
     peers[i] = map_shared(shared, peer < kCluster ? peer : rank);
   }
 
-  for (int s = 0, t = start; s < steps; ++s, t += forth) {
-    const int parity = s & 1;
+  for (int even = 0; even < steps; even += 2) {
     SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile > 0 && present_of(tile) <= 0) continue;
+    for (int turn = 0; turn < 2 * kTiles; ++turn) {
+      const int parity = turn / kTiles, tile = turn % kTiles, s = even + parity, t = start + s * forth;
+      if (s >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
       ForwardLane<Cell, T>& own = lanes[tile];
       if (s > 0) {
         const Shared<Barrier> barrier = barriers + (2 * tile + parity);
-        barrier_wait(barrier, static_cast<uint32_t>(s - 1) >> 1 & 1);
+        barrier_wait(barrier, static_cast<uint32_t>(s - 1) / 2 % 2);
         if (thread_index() == 0 && s + 2 < steps) {
           barrier_arrive_expect(barrier, kPieces * 16 * present_of(tile));
         }
@@ -267,12 +277,11 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
 
       // Accumulator r of all four warps goes to warp r of the group.
-      const Shared<float> part =
-          parts + (parity * kPartsFloats + tile * (Shape::kWarps * kSplit * kGates * 32) + part_place);
+      const int at_parts = parity * kPartsFloats + tile * (Shape::kWarps * kSplit * kPart);
       SEQATTN_UNROLL
       for (int r = 0; r < kSplit; ++r) {
         if (r == split) continue;
-        const Shared<float> to = part + (r * kSplit + split) * (kGates * 32);
+        const Shared<float> to = parts + (give_place + (at_parts + r * kSplit * kPart));
         if constexpr (kGates == 4) {
           Vec<float, 4> v;
           SEQATTN_UNROLL
@@ -289,7 +298,7 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       SEQATTN_UNROLL
       for (int slot = 0; slot < kSlots; ++slot) {
         pre[slot] = bias[slot];
-        if (slot < kGates) pre[slot] += to_float(own.x[Cell::x_gate(slot)]);
+        if (slot < kGates) pre[slot] += from_bits<T>(own.x[parity][Cell::x_gate(slot)]);
         if (slot >= kSlots - kGates) {
           const float (&mine)[4] = sum[0][slot - (kSlots - kGates)];
           pre[slot] += split < 2 ? (split == 0 ? mine[0] : mine[1]) : (split == 2 ? mine[2] : mine[3]);
@@ -297,7 +306,7 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
       SEQATTN_UNROLL
       for (int other = 1; other < kSplit; ++other) {
-        const Shared<float> from = part + (split * kSplit + (split ^ other)) * (kGates * 32);
+        const Shared<float> from = parts + (take_place[other] + at_parts);
         if constexpr (kGates == 4) {
           const Vec<float, 4> v = load(shared_cast<Vec<float, 4>>(from));
           SEQATTN_UNROLL
@@ -309,7 +318,7 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
 
       const float h_before = own.h;
-      const bool valid = own.row[0] >= 0;
+      const bool valid = own.row[parity] >= 0;
       float h_new, c_new;
       Cell::template forward<FastMath>(pre, own.h, own.c, &h_new, &c_new, saved);
       if (valid) {
@@ -332,8 +341,8 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
 
       if (own.live && (valid || offsets == nullptr)) {
-        const int at = offsets != nullptr ? own.row[0] : t * batch + own.sequence;
-        const int out = offsets != nullptr ? own.row[0] : t * out_step + own.sequence * out_batch;
+        const int at = offsets != nullptr ? own.row[parity] : t * batch + own.sequence;
+        const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
         store(row_at(output, out, ld_output), from_float<T>(valid ? own.h : 0.f));
         if constexpr (Cell::kHasCell) {
           if (cell_rows != nullptr) store(row_at(cell_rows, out, ld_cell), from_float<T>(valid ? own.c : 0.f));
@@ -349,12 +358,9 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
           }
         }
       }
-      SEQATTN_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) own.x[gate] = own.x_next[gate];
-      load_x(own.x_next, own.row[2]);
-      own.row[0] = own.row[1];
-      own.row[1] = own.row[2];
-      own.row[2] = row_of(t + 3 * forth, own.sequence, own.length);
+      load_x(own.x[parity], own.coming);
+      own.row[parity] = own.coming;
+      own.coming = row_of(t + 3 * forth, own.sequence, own.length);
     }
   }
 
