@@ -218,10 +218,10 @@ def test_tf32(cell: str, backend: str, bidirectional: bool) -> None:
     """With tf32 allowed the products of a step have ten bits, as float16 has, and large products sixteen."""
     torch.backends.cudnn.allow_tf32 = True
     kind = KINDS[cell]
-    x = torch.randn(20, 64, 128, requires_grad=True)
-    hx = states_of(kind, 2 if bidirectional else 1, 64, 128, dtype=torch.float32)
-    weights = weights_of(kind, 128, 128, torch.float32, bidirectional=bidirectional)
-    lengths = torch.randint(0, 21, (64,)) if bidirectional else None
+    x = torch.randn(40, 64, 256, requires_grad=True)
+    hx = states_of(kind, 2 if bidirectional else 1, 64, 256, dtype=torch.float32)
+    weights = weights_of(kind, 256, 256, torch.float32, bidirectional=bidirectional)
+    lengths = torch.randint(0, 41, (64,)) if bidirectional else None
     agrees(kind, x, hx, weights, torch.float16, backend=backend, bidirectional=bidirectional, lengths=lengths)
 
 
@@ -230,8 +230,8 @@ def test_large_products_with_tf32_keep_sixteen_bits(cell: str) -> None:
     """Those of x, over all steps; a step's own are exact in the stepwise path."""
     torch.backends.cudnn.allow_tf32 = True
     kind = KINDS[cell]
-    x = torch.randn(20, 64, 128, requires_grad=True)
-    own_x, weights = x.detach().cuda().requires_grad_(), to_cuda(weights_of(kind, 128, 128, torch.float32))
+    x = torch.randn(40, 64, 256, requires_grad=True)
+    own_x, weights = x.detach().cuda().requires_grad_(), to_cuda(weights_of(kind, 256, 256, torch.float32))
     out = kind.run(own_x, None, weights, backend="cuda_stepwise")
     torch.backends.cudnn.allow_tf32 = False
     exact = kind.run(own_x, None, weights, backend="cuda_stepwise")

@@ -9,6 +9,13 @@
 
 namespace seqattn::gpu {
 
+// Multiplications of a product above which splitting its factors is worth it; tests have small products.
+#if defined(SEQATTN_EMULATED)
+inline constexpr double kSplitFrom = 1e5;
+#else
+inline constexpr double kSplitFrom = 5e8;
+#endif
+
 inline int64_t depth_of(const Matrix& left) { return left.transposed ? left.rows : left.columns; }
 
 // float32 factors as bfloat16 ones of three times the depth, kept for a second product with the same factor.
@@ -64,7 +71,7 @@ inline void product(const Problem& p, SplitFactors& split_factors, const Matrix&
   const Products products = p.products();
   int64_t depth = 0;
   for (const Matrix& m : left) depth += depth_of(m);
-  if (p.dtype == DType::kFloat32 && p.allow_tf32 && double(out.rows) * double(out.columns) * double(depth) > 1e8) {
+  if (p.dtype == DType::kFloat32 && p.allow_tf32 && double(out.rows) * double(out.columns) * double(depth) > kSplitFrom) {
     products.multiply_to_sum(products.view(out), split_factors.factor(left, true), split_factors.factor(right, false));
     return;
   }

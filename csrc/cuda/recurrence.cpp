@@ -9,8 +9,6 @@
 namespace seqattn::gpu {
 namespace {
 
-using torch::stable::accelerator::DeviceGuard;
-
 // Consecutive slots that are consecutive gates in torch's order too.
 struct Run {
   int slot, gate, count;
@@ -290,7 +288,7 @@ Gradients backward(Problem& p, const OptionalTensor& h0, const OptionalTensor& c
   const int64_t D = p.directions, B = p.rows.batch, H = p.sizes.hidden, N = p.sizes.output;
   const int64_t rows = p.rows.rows;
   if (reserve_bytes.scalar_type() != ScalarType::Byte || reserve_bytes.numel() != p.reserve_bytes() ||
-      !reserve_bytes.is_cuda() || reserve_bytes.get_device_index() != p.input.get_device_index()) {
+      !on_device(reserve_bytes) || reserve_bytes.get_device_index() != p.input.get_device_index()) {
     fail("reserve: expected the ", p.reserve_bytes(), " bytes that forward returned");
   }
   const Reserve reserve = p.reserve(const_cast<void*>(reserve_bytes.const_data_ptr()));
@@ -403,7 +401,7 @@ std::vector<Tensor> cell_bwd_cuda(int64_t cell, Tensor input, OptionalTensor h, 
   return results;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqattn, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SEQATTN_LIBRARY, SEQATTN_DISPATCH_KEY, m) {
   m.impl("recurrence_fwd", TORCH_BOX(&recurrence_fwd_cuda));
   m.impl("recurrence_bwd", TORCH_BOX(&recurrence_bwd_cuda));
   m.impl("cell_fwd", TORCH_BOX(&cell_fwd_cuda));
