@@ -57,7 +57,7 @@ def measure(cell: str, dtype: str, hidden: int, batch: int, steps: int, training
     """Milliseconds of torch and of ours, taken in turns."""
     kind = getattr(torch, dtype)
     module = module_of(cell, hidden).cuda().to(kind)
-    weights = list(module._flat_weights)
+    weights: list[Any] = list(module._flat_weights)
     x = torch.randn(steps, batch, hidden, device="cuda", dtype=kind, requires_grad=training)
     gradient = torch.randn(steps, batch, hidden, device="cuda", dtype=kind)
     options: dict[str, Any] = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
