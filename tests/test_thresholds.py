@@ -73,7 +73,7 @@ def test_which_requests_a_rule_speaks_of(changes: dict[str, Any], fits: bool) ->
 @pytest.mark.parametrize("known", [False, True])
 def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setattr(backends.native, "_cuda_why_not", None)
-    monkeypatch.setattr(thresholds, "_rules_of_device", lambda index: (RULE,) if known else ())
+    monkeypatch.setattr(thresholds, "_known", {0: (RULE,) if known else ()})
     choose = backends.choose
     assert choose(backends.RECURRENCE, request()) == ("cuda" if known else "torch")
     assert choose(backends.RECURRENCE, request(hidden=512)) == "torch"
@@ -82,6 +82,20 @@ def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatc
     assert choose(backends.RECURRENCE, request(hidden=512, training=True, eval_backward=True)) == "cuda"
     assert choose(backends.RECURRENCE, request(sequence=False)) == "torch"
     assert choose(backends.RECURRENCE, request(device="cpu")) != "cuda"
+
+
+def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "_known", {})
+    monkeypatch.setattr(thresholds, "rules", lambda gpu: (RULE,))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+
+    def choose(x: torch.Tensor, hidden: int) -> torch.Tensor:
+        return x + 1 if thresholds.faster_than_torch(request(hidden=hidden)) else x
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    x = torch.zeros(2)
+    assert compiled(x, 128).tolist() == [1, 1]
+    assert compiled(x, 512).tolist() == [0, 0]
 
 
 def point(hidden: int, batch: int, steps: int, ratio: float) -> dict[str, Any]:
