@@ -1,4 +1,5 @@
-// The whole backward loop of a recurrent layer in one kernel, with W_hh transposed resident in a cluster.
+// The whole backward loop of a recurrent layer in one kernel, with W_hh transposed resident in a team of blocks: a
+// cluster, or a part of a grid, where parts travel through global memory.
 //
 // A block owns the units it owns in forward (persistent.cuh). It turns the gradient of their h into gradients of their
 // gates, and multiplies these with its rows of W_hh: a part of the gradient of every unit's previous h, which it sends
@@ -16,24 +17,28 @@
 
 namespace seqattn::gpu {
 
-template <class Cell_, class T_, int kPadded, int kCluster_, int kColumnTiles_>
-struct ClusterBackward {
+template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
+struct PersistentBackward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr ClusterShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kCluster_, kColumnTiles_};
-  static constexpr int kCluster = kCluster_, kColumnTiles = kColumnTiles_;
+  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr bool kGrid = kGrid_;
+  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
   static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
   static constexpr int kPairs = kShape.backward_pairs(), kHeld = kShape.backward_held();
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
   static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
 
-  // Shared memory, in bytes. Parts: [2][tile][block][group]; pieces: [2][tile].
+  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; weights.
   static constexpr int kBarriers = 0;
-  static constexpr int kParts = ClusterShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
-  static constexpr int kGatePieces = kParts + 2 * kPartsSize, kGatePiecesSize = kShape.gate_bytes();
-  static constexpr int kWeights = kGatePieces + 2 * kGatePiecesSize;
+  static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
   static constexpr int kSharedBytes = kShape.backward_shared_bytes();
+  static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
+  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kWeights - 2 * kGatePiecesSize;
+  // Global memory of a team: parts [2][tile][block][from block][group].
+  static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
+  static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
 
   // Where a slot's gradients stand among the pieces: those that meet W_hh first.
   static constexpr int plane(int slot) { return slot >= kSlots - kGates ? slot - (kSlots - kGates) : kGates + slot; }
@@ -66,7 +71,7 @@ template <class Cell, class T>
 struct BackwardLane {
   struct Values {  // of a step, as forward left them
     Vec<T, kept(Cell::kSaved, Cell::kHasCell)> saved;
-    uint32_t h_prev, d_output, d_cells;  // bits
+    uint32_t h_prev, d_output;  // bits
     float c_prev;
   };
   bool present, live;  // a sequence is there; and the unit exists
@@ -80,22 +85,23 @@ struct BackwardLane {
 
 template <class Shape>
 SEQATTN_KERNEL(Shape::kThreads, 1)
-cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
+persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PARAM Layout layout) {
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   using Op = Operand<T>;
   using Lane = BackwardLane<Cell, T>;
   constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
-  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kCluster = Shape::kCluster, kGroups = Shape::kGroups;
+  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
   constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell), kBytes = sizeof(T);
+  constexpr bool kGrid = Shape::kGrid;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
-  const int rank = cluster_rank(), direction = block_index_y();
+  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
   const int steps = static_cast<int>(args.rows.steps);
   const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
-  const int first = block_index() / kCluster * (columns * kTiles);  // sequence of column 0
+  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
   // Time runs against forward's.
   const int back = direction == 1 ? 1 : -1, start = direction == 1 ? 0 : steps - 1;
 
@@ -104,7 +110,10 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
   const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
   const Shared<unsigned char> pieces = shared + Shape::kGatePieces;
   const Shared<Words4> weights = shared_cast<Words4>(shared + Shape::kWeights);
-  constexpr int kPartsFloats = Shape::kPartsSize / 4, kTileFloats = kPartsFloats / kTiles;
+  constexpr int kPartsFloats = Shape::kPartsSize / 4, kTileFloats = Shape::kTileFloats;
+  const int meeting = (direction * (grid_size() / kBlocks) + team) * kTiles;  // of the counters
+  float* exchange =
+      reinterpret_cast<float*>(layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords);
   constexpr int kTileBytes = Shape::kGatePiecesSize / kTiles;
 
   // Sequences of a tile, and the bytes of parts that come for them: columns travel in pairs.
@@ -112,7 +121,7 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
     const int rest = batch - (first + tile * columns);
     return rest < columns ? rest : columns;
   };
-  const auto expected = [&](int tile) { return kCluster * kGroups * 128 * ((present_of(tile) + 1) / 2); };
+  const auto expected = [&](int tile) { return kBlocks * kGroups * 128 * ((present_of(tile) + 1) / 2); };
 
   // W_hh transposed: rows m of kRowTiles tiles, columns the gates of this block's units.
   uint32_t held[kHeld ? kHeld : 1][kRowTiles][2][4];
@@ -131,14 +140,18 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
   }
 
   // Barrier of an iteration's parts: 2 * tile + its parity.
-  if (thread_index() == 0) {
+  if (!kGrid && thread_index() == 0) {
     for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     for (int i = 0; i < 2 * kTiles; ++i) {
       if (steps > i % 2 && present_of(i / 2) > 0) barrier_arrive_expect(barriers + i, expected(i / 2));
     }
   }
-  cluster_sync();
+  if constexpr (kGrid) {
+    block_sync();
+  } else {
+    cluster_sync();
+  }
 
   // This lane's unit and column: those of float 32 * split + lane of a part.
   const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
@@ -167,7 +180,6 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
       values.h_prev = load_bits(row_at(h_prev_rows, at, hidden * kBytes));
       const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
       if (has_d_output) values.d_output = load_bits(row_at(d_output, out, ld_output));
-      if (has_d_cells) values.d_cells = load_bits(row_at(d_cells, out, ld_cell));
     }
     if (Cell::kHasCell && before >= 0) values.c_prev = load(row_at(cell_rows, before, hidden * 4));
   };
@@ -208,21 +220,37 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
   // The owners of this warp's rows, and where this lane puts and finds things.
   Remote<unsigned char> owners[kRowTiles];
   SEQATTN_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  for (int m = 0; m < kRowTiles; ++m) {
+    if constexpr (!kGrid) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  }
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
 
   const auto add_parts = [&](int e, int parity, int tile) {  // of iteration e, to dh
-    const Shared<Barrier> barrier = barriers + (2 * tile + parity);
-    barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
-    if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
+    if constexpr (kGrid) {
+      grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(e + 1) * kBlocks);
+    } else {
+      const Shared<Barrier> barrier = barriers + (2 * tile + parity);
+      barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
+      if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
+    }
     if (2 * split < present_of(tile)) {
-      const Shared<float> from = parts + (parity * kPartsFloats + tile * kTileFloats + part_place);
       float sums[4] = {lanes[tile].dh, 0, 0, 0};
-      SEQATTN_UNROLL
-      for (int block = 0; block < kCluster; ++block) {
-        const float part = load(from + block * (kGroups * 128));
-        sums[block % 4] += part;
+      if constexpr (kGrid) {
+        const float* from =
+            exchange + (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + rank) * kTileFloats + part_place;
+        SEQATTN_UNROLL_BY(8)
+        for (int block = 0; block < kBlocks; block += 4) {
+          SEQATTN_UNROLL
+          for (int i = 0; i < 4; ++i) sums[i] += load_coherent(from + (block + i) * (kGroups * 128));
+        }
+      } else {
+        const Shared<float> from = parts + (parity * kPartsFloats + tile * kTileFloats + part_place);
+        SEQATTN_UNROLL
+        for (int block = 0; block < kBlocks; ++block) {
+          const float part = load(from + block * (kGroups * 128));
+          sums[block % 4] += part;
+        }
       }
       lanes[tile].dh = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
@@ -247,7 +275,11 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
           for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values[parity].saved[i]);
           if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
           const float dh_new = has_d_output ? own.dh + from_bits<T>(own.values[parity].d_output) : own.dh;
-          const float dc_new = has_d_cells ? own.dc + from_bits<T>(own.values[parity].d_cells) : own.dc;
+          float dc_new = own.dc;
+          if (has_d_cells) {  // rare: not worth registers to fetch it early
+            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
+            dc_new += to_float(load(row_at(d_cells, out, ld_cell)));
+          }
           Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
                                             to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
                                             &dc_before);
@@ -303,13 +335,18 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
           Vec<float, 4> part;
           SEQATTN_UNROLL
           for (int r = 0; r < 4; ++r) part[r] = sum[0][m][r] + (kChains == 2 ? sum[kChains - 1][m][r] : 0.f);
-          const int there = rank * kGroups + (warp * kRowTiles + m) % kGroups;
-          const int to =
-              Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + there * 512 + (q * 8 + g) * 16;
-          const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
-          store_async(remote_cast<Vec<float, 4>>(owners[m] + to), part, remote_cast<Barrier>(owners[m] + counted));
+          const int row_tile = warp * kRowTiles + m, place = (rank * kGroups + row_tile % kGroups) * 32 + q * 8 + g;
+          if constexpr (kGrid) {
+            const int64_t owner = (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + row_tile / kGroups);
+            store_coherent(reinterpret_cast<Vec<float, 4>*>(exchange + owner * kTileFloats) + place, part);
+          } else {
+            const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
+            const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
+            store_async(remote_cast<Vec<float, 4>>(owners[m] + to), part, remote_cast<Barrier>(owners[m] + counted));
+          }
         }
       }
+      if constexpr (kGrid) grid_arrive(layout.counters + meeting + tile);
 
       SEQATTN_UNROLL
       for (int i = 0; i < kWrites; ++i) {
@@ -350,7 +387,7 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
       if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
     }
   }
-  cluster_sync();
+  if constexpr (!kGrid) cluster_sync();
 }
 
 }  // namespace seqattn::gpu

@@ -1,5 +1,6 @@
-// The whole forward loop of a recurrent layer in one kernel: W_hh stays in a cluster, h travels through distributed
-// shared memory. See persistent.cuh for the layout.
+// The whole forward loop of a recurrent layer in one kernel: W_hh stays in a team of blocks. In a cluster h travels
+// through distributed shared memory; in a grid, for weights that no cluster holds and for GPUs without clusters,
+// through global memory. See persistent.cuh for the layout.
 //
 // A step: wait until all of h is there; multiply; add up the four parts of each sum (warps of a group, through shared
 // memory); the cell, one unit and column a lane; gather 16 bytes of new h in every lane by shuffles; send them to all
@@ -13,24 +14,27 @@
 
 namespace seqattn::gpu {
 
-template <class Cell_, class T_, int kPadded, int kCluster_, int kColumnTiles_>
-struct ClusterForward {
+template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
+struct PersistentForward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr ClusterShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kCluster_, kColumnTiles_};
-  static constexpr int kCluster = kCluster_, kColumnTiles = kColumnTiles_;
+  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr bool kGrid = kGrid_;
+  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
   static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
   static constexpr int kPairs = kShape.forward_pairs(), kHeld = kShape.forward_held();
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
   static constexpr int kPiece = Operand<T>::kPiece, kPieces = kPadded / kPiece;
 
-  // Shared memory, in bytes. State and parts: [2][tile].
+  // Shared memory, in bytes: barriers; state [2 or 1][tile] and parts [2 or 1]; weights.
   static constexpr int kBarriers = 0;
-  static constexpr int kState = ClusterShape::kBarrierBytes, kStateSize = kShape.state_bytes();
-  static constexpr int kParts = kState + 2 * kStateSize, kPartsSize = kShape.split_bytes();
-  static constexpr int kWeights = kParts + 2 * kPartsSize;
+  static constexpr int kState = TeamShape::kBarrierBytes, kStateSize = kShape.state_bytes();
+  static constexpr int kParts = kState + kShape.state_buffers() * kStateSize, kPartsSize = kShape.split_bytes();
   static constexpr int kSharedBytes = kShape.forward_shared_bytes();
+  static constexpr int kWeights = kSharedBytes - kShape.forward_weight_bytes();
+  // Global memory of a team: h [2][tile].
+  static constexpr int kTileWords = kPieces * 8, kExchangeWords = 2 * kColumnTiles * kTileWords;
 
   // Accumulators are as many independent chains.
   static constexpr int kChains = kGates == 1 ? 2 : 1;
@@ -79,21 +83,22 @@ struct ForwardLane {
 
 template <class Shape>
 SEQATTN_KERNEL(Shape::kThreads, 1)
-cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
+persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARAM Layout layout) {
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   using Op = Operand<T>;
   constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
-  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kPieces = Shape::kPieces, kCluster = Shape::kCluster;
+  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kPieces = Shape::kPieces, kBlocks = Shape::kBlocks;
   constexpr int kChains = Shape::kChains, kKept = kept(Cell::kSaved, Cell::kHasCell);
   constexpr int kBytes = sizeof(T);
+  constexpr bool kGrid = Shape::kGrid;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
-  const int rank = cluster_rank(), direction = block_index_y();
+  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
   const int steps = static_cast<int>(args.rows.steps);
   const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
-  const int first = block_index() / kCluster * (columns * kTiles);  // sequence of column 0
+  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
   const int forth = direction == 1 ? -1 : 1, start = direction == 1 ? steps - 1 : 0;
 
   const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
@@ -101,7 +106,10 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
   const Shared<Words4> state = shared_cast<Words4>(shared + Shape::kState);
   const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
   const Shared<Words4> weights = shared_cast<Words4>(shared + Shape::kWeights);
-  constexpr int kStateWords = Shape::kStateSize / 16, kPartsFloats = Shape::kPartsSize / 4;
+  // From one parity's buffer to the other's.
+  constexpr int kStateWords = kGrid ? 0 : Shape::kStateSize / 16, kPartsFloats = kGrid ? 0 : Shape::kPartsSize / 4;
+  const int meeting = (direction * (grid_size() / kBlocks) + team) * kTiles;  // of the counters
+  Words4* exchange = layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords;
 
   // Sequences of a tile.
   const auto present_of = [&](int tile) {
@@ -114,12 +122,14 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
   const T* w_hh = static_cast<const T*>(args.w_hh[direction]);
   const int group_unit = rank * Shape::kUnits + group * kGroupUnits;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(w_hh) % 16 == 0;
-  hold_weights<kPairs, kHeld, kGates>(held, weights, shared_cast<Words4>(shared + Shape::kParts), [&](int p, int gate) {
+  hold_weights<kPairs, kHeld, kGates>(held, weights, shared_cast<Words4>(shared + Shape::kState), [&](int p, int gate) {
     const int k = ((split * kPairs + p) * 4 + q) * kPiece;
     const T* w = w_hh + static_cast<int64_t>(Cell::h_gate(kSlots - kGates + gate)) * hidden * hidden;
     return weight_pair<T>(load_piece(w, group_unit + g, hidden, k, hidden, vectors),
                           load_piece(w, group_unit + g + 8, hidden, k, hidden, vectors));
   });
+
+  block_sync();  // what weights passed through becomes state
 
   // h of all units at the first step; zeros where no sequence is.
   const T* h0 = static_cast<const T*>(args.h0);
@@ -134,11 +144,11 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
     }
     const int place = tile * kPieces * 8 + piece_place(piece, column);
     store(state + place, words);
-    store(state + kStateWords + place, Words4{});
+    if constexpr (!kGrid) store(state + kStateWords + place, Words4{});
   }
 
   // Barrier of a step's h: 2 * tile + its parity.
-  if (thread_index() == 0) {
+  if (!kGrid && thread_index() == 0) {
     for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     for (int i = 0; i < 2 * kTiles; ++i) {
@@ -147,7 +157,11 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
     }
   }
-  cluster_sync();
+  if constexpr (kGrid) {
+    block_sync();
+  } else {
+    cluster_sync();
+  }
 
   const int unit = group_unit + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
@@ -208,7 +222,9 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
 
   // Where this lane finds and puts things.
   constexpr int kPart = kGates * 32;  // floats that one warp leaves for another
-  const auto held_place = [](int place) { return Shape::kGroups <= 2 ? keep(place) : place; };  // where registers allow
+  const auto held_place = [](int place) {
+    return Shape::kGroups <= 2 && kHeld * kGates <= 16 ? keep(place) : place;
+  };  // where registers allow
   const int operand_place = held_place((split * kPairs * 4 + q) * 8 + ((4 * (g % 2) + g / 2) ^ q));
   const int own_place = held_place(piece_place(group_unit / kPiece + (8 * (split / 2) + g) / kPiece, column));
   const int parts_place = group * (kSplit * kSplit * kPart) + lane * (kGates == 4 ? 4 : 1);
@@ -216,13 +232,15 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
   int take_place[kSplit];
   SEQATTN_UNROLL
   for (int i = 1; i < kSplit; ++i) take_place[i] = held_place(parts_place + (split * kSplit + (split ^ i)) * kPart);
-  // The blocks this lane sends to: every kPiece-th.
-  constexpr int kPeers = (kCluster + kPiece - 1) / kPiece;
+  // The blocks of a cluster this lane sends to: every kPiece-th.
+  constexpr int kPeers = kGrid ? 1 : (kBlocks + kPiece - 1) / kPiece;
   Remote<unsigned char> peers[kPeers];
-  SEQATTN_UNROLL
-  for (int i = 0; i < kPeers; ++i) {
-    const int peer = g % kPiece + i * kPiece;
-    peers[i] = map_shared(shared, peer < kCluster ? peer : rank);
+  if constexpr (!kGrid) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < kPeers; ++i) {
+      const int peer = g % kPiece + i * kPiece;
+      peers[i] = map_shared(shared, peer < kBlocks ? peer : rank);
+    }
   }
 
   for (int even = 0; even < steps; even += 2) {
@@ -232,10 +250,19 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       if (s >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
       ForwardLane<Cell, T>& own = lanes[tile];
       if (s > 0) {
-        const Shared<Barrier> barrier = barriers + (2 * tile + parity);
-        barrier_wait(barrier, static_cast<uint32_t>(s - 1) / 2 % 2);
-        if (thread_index() == 0 && s + 2 < steps) {
-          barrier_arrive_expect(barrier, kPieces * 16 * present_of(tile));
+        if constexpr (kGrid) {
+          grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(s) * kBlocks);
+          const Words4* from = exchange + (parity * kTiles + tile) * Shape::kTileWords;
+          for (int i = thread_index(); i < Shape::kTileWords; i += Shape::kThreads) {
+            cp_async<16>(state + tile * Shape::kTileWords + i, from + i);
+          }
+          cp_async_commit();
+          cp_async_wait();
+          block_sync();
+        } else {
+          const Shared<Barrier> barrier = barriers + (2 * tile + parity);
+          barrier_wait(barrier, static_cast<uint32_t>(s - 1) / 2 % 2);
+          if (thread_index() == 0 && s + 2 < steps) barrier_arrive_expect(barrier, kPieces * 16 * present_of(tile));
         }
       }
 
@@ -277,7 +304,7 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       }
 
       // Accumulator r of all four warps goes to warp r of the group.
-      const int at_parts = parity * kPartsFloats + tile * (Shape::kWarps * kSplit * kPart);
+      const int at_parts = kGrid ? 0 : parity * kPartsFloats + tile * (Shape::kWarps * kSplit * kPart);
       SEQATTN_UNROLL
       for (int r = 0; r < kSplit; ++r) {
         if (r == split) continue;
@@ -328,12 +355,17 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
 
       if (s + 1 < steps) {
         const Words4 piece = gather_piece<T>(own.h, lane);
-        const int to = Shape::kState + (1 - parity) * Shape::kStateSize + (tile * kPieces * 8 + own_place) * 16;
-        const int counted = Shape::kBarriers + (2 * tile + 1 - parity) * static_cast<int>(sizeof(Barrier));
-        if (own.present) {
+        if constexpr (kGrid) {
+          if (g % kPiece == 0) {
+            store_coherent(exchange + ((1 - parity) * kTiles + tile) * Shape::kTileWords + own_place, piece);
+          }
+          grid_arrive(layout.counters + meeting + tile);
+        } else if (own.present) {
+          const int to = Shape::kState + (1 - parity) * Shape::kStateSize + (tile * kPieces * 8 + own_place) * 16;
+          const int counted = Shape::kBarriers + (2 * tile + 1 - parity) * static_cast<int>(sizeof(Barrier));
           SEQATTN_UNROLL
           for (int i = 0; i < kPeers; ++i) {
-            if (kCluster % kPiece == 0 || g % kPiece + i * kPiece < kCluster) {
+            if (kBlocks % kPiece == 0 || g % kPiece + i * kPiece < kBlocks) {
               store_async(remote_cast<Words4>(peers[i] + to), piece, remote_cast<Barrier>(peers[i] + counted));
             }
           }
@@ -373,7 +405,7 @@ cluster_forward(SEQATTN_KERNEL_PARAM Forward args, int columns) {
       if constexpr (Cell::kHasCell) static_cast<T*>(args.cn)[at] = from_float<T>(own.c);
     }
   }
-  cluster_sync();
+  if constexpr (!kGrid) cluster_sync();
 }
 
 }  // namespace seqattn::gpu
