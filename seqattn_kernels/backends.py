@@ -60,6 +60,7 @@ class DecoderRequest:
     device: torch.device
     dtype: torch.dtype
     unserved: str | None  # an option that one operator for all steps doesn't have
+    cuda_unserved: str | None = None  # what else the CUDA kernel doesn't have
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,14 @@ def decoder_why_not(request: DecoderRequest) -> str | None:
     return None if request.unserved is None else f"the operator of all steps doesn't have {request.unserved}"
 
 
+def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
+    if request.device.type != "cuda":
+        return f"the decoder's kernel takes CUDA tensors, got {request.device}"
+    if request.unserved is not None:
+        return f"the decoder's kernel doesn't have {request.unserved}"
+    return request.cuda_unserved
+
+
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
     return None if request.unserved is None else f"the reference doesn't have {request.unserved}"
 
@@ -152,6 +161,7 @@ ATTENTION: Sequence[Backend] = (
 # All steps in one operator; a step at a time from the package's cells and attention; plain torch.
 DECODER: Sequence[Backend] = (
     Backend("cpu", decoder_why_not),
+    Backend("cuda", _cuda_decoder_why_not),
     Backend("composed", _never),
     Backend("reference", _reference_decoder_why_not),
 )
