@@ -96,7 +96,7 @@ def test_a_case_is_measured_both_ways(no_gpu):
     assert ours.peak_mib == 2
     assert ours.floor_share == pytest.approx(max(found.floors.values()) / ours.device_milliseconds)
     assert found.noise >= 0
-    assert [bar.contestant for bar in found.bars] == ["ours"]
+    assert [bar.contestant for bar in found.bars] == ["ours", "ours_graph"]
     assert found.precision == "bfloat16"
     assert "torch_eager" in bench.line(found)
 
@@ -106,6 +106,30 @@ def test_a_contestant_whose_host_is_slow_is_timed_as_called_alone(no_gpu):
     assert set(races.called.timings) == {"slow", "fast"}
     assert set(races.device.timings) == {"fast"}
     assert races.called.timings["slow"].median >= 0.01
+
+
+def test_halves_of_a_pair_are_looked_at_alike(no_gpu, monkeypatch):
+    hosts = iter([(0.001, 0.001), (0.2, 0.2), (0.001, 0.001)])
+    monkeypatch.setattr(timing, "warm_up", lambda call: next(hosts))
+    call = lambda: None  # noqa: E731
+    races = timing.race({"a": call, "a again": call, "b": lambda: None}, seconds=0.0, least_rounds=2)
+    assert set(races.device.timings) == {"b"}
+
+
+def test_a_contestant_without_enough_memory_leaves_the_others(no_gpu, monkeypatch):
+    def peak(call, clear):
+        if not any(stock is call for stock in calls):
+            calls.append(call)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    calls: list = []
+    monkeypatch.setattr(runner, "peak_mib", peak)
+    found = runner.run_case(small(CUDA_SUITES["recurrent"][0]), LIMITS, QUICK)
+    assert found.contestant(STOCK).milliseconds > 0
+    assert found.contestant("ours").milliseconds is None
+    assert found.contestant("ours").failure == "OutOfMemoryError: CUDA out of memory"
 
 
 def test_names_of_gpu_cases_are_unique_and_contestants_exist():
@@ -228,6 +252,19 @@ def test_time_that_a_part_leaves_over_goes_to_the_next(monkeypatch, settings):
     assert given["a"] == pytest.approx(10 / 3, abs=0.1)
     assert given["b"] == pytest.approx(5, abs=0.1)
     assert given["c"] == 4.0
+
+
+def test_a_short_part_gets_what_it_needs(monkeypatch, settings):
+    given = {}
+
+    def run(settings, limit, log):
+        given[str(log.stem)] = limit
+        return parts.Outcome("a", True, 0.0, "ok")
+
+    monkeypatch.setattr(parts, "PARTS", {"a": parts.Part(run, 1.0, 100.0, 8.0), "b": parts.Part(run, 9.0, 100.0)})
+    parts.run_parts(["a", "b"], settings)
+    assert given["a"] == 8.0
+    assert given["b"] == pytest.approx(10, abs=0.1)
 
 
 def test_no_part_is_begun_without_time(monkeypatch, tmp_path):

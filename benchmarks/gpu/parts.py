@@ -57,6 +57,7 @@ class Part:
     run: Callable[[Settings, float, Path], Outcome]
     weight: float  # of its time among that of the parts still to come
     most: float  # seconds
+    least: float = 0.0  # seconds, where there are so many
 
 
 def execute(
@@ -183,12 +184,12 @@ def report(settings: Settings, seconds: float, log: Path) -> Outcome:
 
 # In the order they run; the weights are about their seconds. What a part leaves over goes to those after it.
 PARTS: dict[str, Part] = {
-    "env": Part(environment, 10, 30.0),
+    "env": Part(environment, 10, 30.0, 15.0),
     "build": Part(build, 80, 150.0),
     "tests": Part(tests, 120, 170.0),
     "sanitize": Part(sanitize, 50, 80.0),
     "bench": Part(bench, 250, 400.0),
-    "report": Part(report, 20, 40.0),
+    "report": Part(report, 20, 40.0, 15.0),
 }
 
 
@@ -200,7 +201,8 @@ def run_parts(names: Sequence[str], settings: Settings) -> list[Outcome]:
     chosen = [name for name in PARTS if name in names]
     for index, name in enumerate(chosen):
         left = end - time.monotonic()
-        seconds = min(PARTS[name].most, left * PARTS[name].weight / sum(PARTS[n].weight for n in chosen[index:]))
+        share = left * PARTS[name].weight / sum(PARTS[n].weight for n in chosen[index:])
+        seconds = min(PARTS[name].most, left, max(share, PARTS[name].least))
         log = settings.folder / f"{name}.log"
         log.unlink(missing_ok=True)
         print(f"{name}: up to {seconds:.0f} s", flush=True)

@@ -26,6 +26,8 @@ TITLES = {
     "additive": "Additive attention against eager torch",
     "dot": "Dot attention against eager torch",
     "cells": "Cells in a Python loop against torch's",
+    "models": "Whole models, accelerated",
+    "scaling": "One size after the other",
 }
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 OURS = ("ours", "ours_lengths", "ours_context", "ours_graph")

@@ -29,6 +29,10 @@ class Entry:
     replays: bool = False  # the call replays a recorded graph
 
 
+class Unsuitable(Exception):
+    """A contestant found only while it got ready that it can't take the case; the message says why."""
+
+
 class Peer(ABC):
     """Something that can compute a case."""
 

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from benchmarks.attention import AttentionProblem, OurAttention, ScaledDotProduct
-from benchmarks.peers import Entry, Peer
+from benchmarks.gpu.timing import peak_mib
+from benchmarks.peers import Entry, Peer, Unsuitable
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.torch_compile import TorchCompile
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.problems import Problem
 
 WARM_UP_CALLS = 3
+# Of the device's memory that one recorded call may keep from the others.
+LARGEST_SHARE = 0.08
 
 
 def needs_gpu(problem: Problem) -> str | None:
@@ -42,6 +45,9 @@ class Graph(Peer):
 
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
         entry = self.original.prepare(problem, stack)
+        peak, whole = peak_mib(entry.call), torch.cuda.get_device_properties(0).total_memory / 2**20
+        if peak > LARGEST_SHARE * whole:
+            raise Unsuitable(f"a recorded graph keeps its memory, here {peak / 1024:.0f} GiB")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
