@@ -1,0 +1,3 @@
+#include "cluster_launch.cuh"
+
+template struct seqattn::gpu::ClusterKernels<seqattn::Gru, seqattn::gpu::half>;

@@ -1,0 +1,137 @@
+// What the persistent recurrence kernels share: how units, weights and batch columns are laid over a cluster.
+//
+// A cluster of blocks keeps one direction's W_hh in registers and shared memory for the whole sequence and serves up to
+// 8 * kColumnTiles sequences, the columns. Hidden units are padded to kPadded. A block owns 16 * kGroups of them with
+// all their gates; a warp multiplies the gates of 16 units (one m16 tile for each gate, so that a lane finds all gates
+// of a unit in its own accumulators) with a quarter of the previous h.
+//
+// The k index of a product may be permuted as long as weights and h agree. 16 bytes of h, a piece, are kPiece units of
+// one column; a lane's B fragments of two mma (a pair of k tiles) are one piece, and its A fragments of a pair are 16
+// bytes of a row of W_hh. Column c of the eight of a piece stands in slot
+// (4 * (c % 2) + c / 2) ^ (piece % 4): a warp reads pieces without bank conflicts and writes 64 contiguous bytes.
+#pragma once
+
+#include <type_traits>
+
+#include "../cells/registry.h"
+#include "persistent_shapes.h"
+#include "platform.cuh"
+#include "recurrence.h"
+
+namespace seqattn::gpu {
+
+using Words4 = Vec<uint32_t, 4>;
+
+// T with the mma of its type.
+template <class T>
+struct Operand {
+  static constexpr int kPiece = 16 / sizeof(T);
+  static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k16<T>(d, a, b);
+  }
+  static SEQATTN_DEVICE float round(float x) {
+    // A bfloat16 is the upper half of a float; the conversion of one number alone would be a slow instruction.
+    return std::is_same_v<T, bfloat16> ? bits_float(pack<T>(0.f, x)) : to_float(from_float<T>(x));
+  }
+  static SEQATTN_DEVICE uint32_t weight_bits(uint32_t x) { return x; }
+};
+template <>
+struct Operand<float> {
+  static constexpr int kPiece = 4;
+  static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k8(d, a, b);
+  }
+  static SEQATTN_DEVICE float round(float x) { return x; }
+  static SEQATTN_DEVICE uint32_t weight_bits(uint32_t x) { return to_tf32(bits_float(x)); }
+};
+
+// A fragments of the two mma of a pair of k tiles.
+struct WeightPair {
+  uint32_t a[2][4];
+};
+
+// 16 bytes of row `row` of a [rows, row_size] matrix from element `k` on; zeros where `row` or `k` is past its end.
+template <class T>
+SEQATTN_DEVICE Words4 load_piece(const T* matrix, int64_t row, int64_t rows, int64_t k, int64_t row_size,
+                                 bool vectors) {
+  constexpr int kPiece = Operand<T>::kPiece;
+  Words4 words{};
+  if (row < rows && k < row_size) {
+    const T* from = matrix + row * row_size + k;
+    if (vectors) {
+      words = *reinterpret_cast<const Words4*>(from);
+    } else if constexpr (sizeof(T) == 4) {
+      SEQATTN_UNROLL
+      for (int i = 0; i < kPiece; ++i) words[i] = k + i < row_size ? float_bits(to_float(from[i])) : 0;
+    } else {
+      SEQATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float low = to_float(from[2 * i < row_size - k ? 2 * i : 0]);
+        const float high = to_float(from[2 * i + 1 < row_size - k ? 2 * i + 1 : 0]);
+        words[i] = pack<T>(k + 2 * i < row_size ? low : 0.f, k + 2 * i + 1 < row_size ? high : 0.f);
+      }
+    }
+  }
+  return words;
+}
+
+// Fragments of rows `row` and `row + 8`, columns k .. k + kPiece - 1 of this lane.
+template <class T>
+SEQATTN_DEVICE WeightPair weight_pair(const Words4& upper, const Words4& lower) {
+  WeightPair pair;
+  SEQATTN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    pair.a[i][0] = Operand<T>::weight_bits(upper[2 * i]);
+    pair.a[i][1] = Operand<T>::weight_bits(lower[2 * i]);
+    pair.a[i][2] = Operand<T>::weight_bits(upper[2 * i + 1]);
+    pair.a[i][3] = Operand<T>::weight_bits(lower[2 * i + 1]);
+  }
+  return pair;
+}
+
+// Takes this warp's weights, pair(p, tile) of kPairs pairs and kTiles m16 tiles, to where they stay: the first kHeld
+// pairs in registers, the others in `shared`. The loads are a loop of few instructions that passes through `stage`
+// (1 KB for each warp and tile); unrolled into registers, they alone would need more than there are.
+template <int kPairs, int kHeld, int kTiles, class Pair>
+SEQATTN_DEVICE void hold_weights(uint32_t (&held)[kHeld ? kHeld : 1][kTiles][2][4], Shared<Words4> shared,
+                                 Shared<Words4> stage, Pair pair) {
+  const int lane = lane_index(), warp = warp_index();
+  const Shared<Words4> own = stage + warp * (kTiles * 64) + lane;
+  SEQATTN_UNROLL
+  for (int p = 0; p < kPairs; ++p) {
+    const Shared<Words4> to = p < kHeld ? own : shared + (warp * (kPairs - kHeld) + p - kHeld) * (kTiles * 64) + lane;
+    SEQATTN_UNROLL_BY(1)
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const WeightPair fragments = pair(p, tile);
+      SEQATTN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        Words4 words;
+        SEQATTN_UNROLL
+        for (int r = 0; r < 4; ++r) words[r] = fragments.a[i][r];
+        store(to + (tile * 2 + i) * 32, words);
+      }
+    }
+    if (p < kHeld) {
+      SEQATTN_UNROLL
+      for (int i = 0; i < kTiles * 2; ++i) {
+        const Words4 words = load(own + i * 32);
+        SEQATTN_UNROLL
+        for (int r = 0; r < 4; ++r) held[p < kHeld ? p : 0][i / 2][i % 2][r] = words[r];
+      }
+    }
+  }
+}
+
+// Row `row` of rows that are `bytes` apart: one multiply-add, where 64-bit products would take five.
+template <class T>
+SEQATTN_DEVICE T* row_at(T* base, int row, int bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + static_cast<int64_t>(row) * bytes);
+}
+
+// Where column `column` (0 to 7) of piece `piece` stands among the pieces, in units of 16 bytes.
+SEQATTN_DEVICE int piece_place(int piece, int column) {
+  return piece * 8 + ((4 * (column % 2) + column / 2) ^ (piece % 4));
+}
+
+}  // namespace seqattn::gpu

@@ -1,0 +1,63 @@
+// Which kernel runs a recurrence on a GPU, and with what shape. Plain C++ without a CUDA header, so that the plans of
+// every architecture are tested on any machine.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "recurrence.h"
+
+namespace seqattn::gpu {
+
+enum class Kernel : int {
+  kStepwise,     // a product and a kernel at each step: any size, any type
+  kCooperative,  // all blocks of the GPU in one grid, weights resident, a grid barrier at each step
+  kCluster,  // a thread-block cluster for a part of the batch, weights resident, h through distributed shared memory
+};
+
+struct Device {
+  int sm;  // compute capability * 10: 80, 86, 90, 100
+  int sm_count;
+  int smem_per_block;  // bytes a block can have when it asks for them
+  int max_cluster;     // blocks of the largest cluster that can be scheduled; 1 without clusters
+};
+
+// Of the device with this index; asked once.
+const Device& device_of(int index);
+
+struct PlanRequest {
+  int cell;  // place in cells/registry.h
+  int64_t hidden, batch;
+  int directions;
+  DType dtype;
+  bool backward;
+  bool projected;
+  bool allow_tf32;
+};
+
+struct Plan {
+  Kernel kernel = Kernel::kStepwise;
+  int cluster = 1;         // blocks that share one set of weights
+  int clusters = 1;        // such groups for each direction, each with its part of the batch
+  int rows_per_block = 0;  // hidden units of a block; its weights have kGates times as many rows
+  int warps = 0;
+  int batch_columns = 0;     // sequences of a group
+  int64_t smem_bytes = 0;    // dynamic shared memory of a block
+  int weight_registers = 0;  // 32-bit registers of a thread that hold weights
+  int64_t workspace_bytes = 0;
+  std::string why_not;  // why no persistent kernel serves; empty where one does
+};
+
+// Plans of the persistent kernels: kernel is kStepwise and why_not says why where one can't serve.
+Plan plan_cluster(const PlanRequest& request, const Device& device);
+Plan plan_cooperative(const PlanRequest& request, const Device& device);
+
+// The plan for this device: a persistent kernel where one fits, else stepwise with the reason in why_not.
+Plan plan_recurrence(const PlanRequest& request, const Device& device);
+
+// Names as Python has them; an unknown one throws std::invalid_argument.
+const char* name_of(Kernel kernel);
+int cell_number(const std::string& name);
+DType dtype_number(const std::string& name);
+
+}  // namespace seqattn::gpu

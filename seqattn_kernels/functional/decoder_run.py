@@ -1,0 +1,266 @@
+"""Running a decoder: its memory and first state, and which backend takes its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels import backends, ops, reference
+from seqattn_kernels.functional.attention import PreparedKeys, _check_lengths, _check_masks, prepare_keys
+from seqattn_kernels.functional.decoder_loop import Decoder, DecoderMemory, DecoderState, Feed, describe, run_steps
+from seqattn_kernels.reference.attention import attended, without_unattended
+
+_WIDE = (torch.float32, torch.float64)
+
+
+class DecoderOutput(NamedTuple):
+    """output [B, T, M] (attentional vectors) or [B, T, H] (h of the last layer), the state after the last step, weights
+    [B, T, S], contexts [B, T, D]."""
+
+    output: Tensor
+    state: DecoderState
+    weights: Tensor
+    contexts: Tensor
+
+
+def make_memory(
+    decoder: Decoder, keys: Tensor | PreparedKeys, values: Tensor, lengths: Tensor | None, mask: Tensor | None
+) -> DecoderMemory:
+    """Checked keys, values and masks; keys of additive scores prepared where that serves later steps."""
+    plain = keys.keys if isinstance(keys, PreparedKeys) else keys
+    if not isinstance(plain, Tensor) or plain.dim() != 3:
+        raise ValueError(f"keys: expected [B, S, A], got {describe(plain)}")
+    if values.dim() != 3 or values.shape[:2] != plain.shape[:2]:
+        raise ValueError(
+            f"values: expected [B, S, D] with B={plain.shape[0]}, S={plain.shape[1]} (from keys), "
+            f"got {list(values.shape)}"
+        )
+    width = decoder.hidden_size if decoder.w_query is None else decoder.w_query.shape[0]
+    if decoder.attend is None and plain.shape[2] != width:
+        raise ValueError(f"keys: expected [B, S, A] with A={width} (from the query), got {list(plain.shape)}")
+    if lengths is not None or mask is not None:
+        if mask is not None and mask.dim() == 3 and mask.shape[1] == 1:
+            mask = mask.squeeze(1)
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"mask: expected [B, S] with B={plain.shape[0]}, S={plain.shape[1]}, got {list(mask.shape)}"
+            )
+        lengths, mask = _check_masks(values, plain, lengths, mask)
+        _check_lengths(lengths, plain)
+    if mask is not None:
+        # Once for all steps: what stands where nobody attends must not spread (0 * NaN is NaN).
+        attend = attended(plain, lengths, mask)
+        values = without_unattended(values, attend)
+        if isinstance(keys, Tensor):
+            keys = without_unattended(keys, attend)
+    return DecoderMemory(keys, values, lengths, mask)
+
+
+def begin(decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tensor] | None = None) -> DecoderState:
+    """The state before the first step; given: None for zeros, h_0 [B, H] or [L, B, H], or (h_0, c_0)."""
+    values = memory.values
+    batch, layers = values.shape[0], len(decoder.layers)
+    shape = (layers, batch, decoder.hidden_size)
+    has_cell = decoder.spec.cell == "lstm"
+    pair: Sequence[Any] = given if isinstance(given, (tuple, list)) else (given, None)
+    if len(pair) != 2 or (has_cell and given is not None and not isinstance(given, (tuple, list))):
+        raise TypeError(f"state: expected (h_0, c_0), got {describe(given)}")
+    if not has_cell and pair[1] is not None:
+        raise TypeError("state: expected h_0 alone, got (h_0, c_0)")
+
+    def state_of(name: str, t: Any) -> Tensor:
+        if t is None:
+            return values.new_zeros(shape)
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {describe(t)}")
+        if t.dim() == 2 and layers == 1:
+            t = t.unsqueeze(0)
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected [L, B, H] = {list(shape)}, got {list(t.shape)}")
+        return t
+
+    attends_by_weights = decoder.attend is not None
+    source = values.new_zeros(batch, values.shape[1]) if attends_by_weights else None
+    return DecoderState(
+        state_of("h_0", pair[0]),
+        state_of("c_0", pair[1]) if has_cell else None,
+        values.new_zeros(batch, values.shape[2]),
+        None if decoder.w_output is None else values.new_zeros(batch, decoder.w_output.shape[0]),
+        memory,
+        source,
+        source,
+    )
+
+
+def why_not(decoder: Decoder, input: Tensor, state: DecoderState, *, sampling: bool = False) -> str | None:
+    """None where the native operator can run all steps, else why it can't and the steps are composed."""
+    return backends.decoder_why_not(_request(decoder, input, state, sampling))
+
+
+def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: bool) -> backends.DecoderRequest:
+    mask = state.memory.mask
+    reasons = {
+        "scores by a module of one's own": decoder.attend is not None,
+        "dropout": bool(decoder.dropout or decoder.hidden_dropout or decoder.output_dropout),
+        "zoneout": bool(decoder.zoneout),
+        "a mask that is added to the scores": mask is not None and mask.dtype != torch.bool,
+        "inputs that depend on outputs": sampling,
+        "sequences without a step": input.shape[1] == 0,
+        f"more than {ops.decoder.MAX_LAYERS} layers": len(decoder.layers) > ops.decoder.MAX_LAYERS,
+    }
+    unserved = next((reason for reason, holds in reasons.items() if holds), None)
+    return backends.DecoderRequest(input.device, input.dtype, unserved)
+
+
+def run_decoder(
+    decoder: Decoder,
+    input: Tensor,
+    state: DecoderState,
+    *,
+    feed: Feed | None = None,
+    teacher: Tensor | None = None,
+    backend: str | None = None,
+) -> DecoderOutput:
+    """All steps of input [B, T, I] from a state, by the backend that serves."""
+    _check_input(decoder, input, state)
+    if (feed is None) != (teacher is None):
+        raise ValueError("feed, teacher: expected both or neither, got one")
+    name = backends.choose(backends.DECODER, _request(decoder, input, state, feed is not None), backend)
+    if name == "composed":
+        return DecoderOutput(*run_steps(decoder, input, state, feed=feed, teacher=teacher))
+    if isinstance(state.memory.keys, PreparedKeys) and torch.is_grad_enabled():
+        state.memory.keys.check_unchanged()
+    dtype = input.dtype
+    if name == "cpu" and dtype in _WIDE:
+        found: Any = _native(decoder, input, state)
+    else:
+        t, weights = _tensors(decoder, input, state), decoder.weights
+        if dtype not in _WIDE:
+            t = ops.decoder.Tensors(*(_widen(x) for x in t))  # type: ignore[arg-type]
+            weights = [w.float() for w in weights]
+        if name == "cpu":
+            found = ops.decoder.attention_decoder(decoder.spec, t, weights)
+        else:
+            found = reference.decoder.attention_decoder(
+                decoder.spec, *t[:9], weights, t.w_query, t.b_query, t.v, t.w_output, t.b_output
+            )
+    results: Any = found if dtype in _WIDE else [t if t is None else t.to(dtype) for t in found]
+    hidden, c_n, contexts, attention, attentional = results
+    end = DecoderState(
+        hidden[:, :, -1],
+        c_n,
+        contexts[:, -1],
+        None if attentional is None else attentional[:, -1],
+        state.memory,
+        state.weights,
+        state.total_weights,
+        state.packed,
+        state.decoder,
+    )
+    return DecoderOutput(hidden[-1] if attentional is None else attentional, end, attention, contexts)
+
+
+def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
+    """The state with keys and weights as the native kernels read them, for many steps without gradients."""
+    values = state.memory.values
+    reason = why_not(decoder, values[:, :1], state) if values.shape[1] else "sources of no keys"
+    if reason is not None or values.dtype not in _WIDE:
+        return state
+    memory = state.memory
+    if decoder.v is not None and isinstance(memory.keys, Tensor):
+        memory = replace(memory, keys=prepare_keys(memory.keys))
+    packed = ops.decoder.pack_decoder(
+        decoder.spec.cell,
+        decoder.weights,
+        decoder.spec.has_bias,
+        decoder.w_query,
+        decoder.b_query,
+        decoder.w_output,
+        decoder.b_output,
+    )
+    return replace(state, memory=memory, packed=packed, decoder=decoder)
+
+
+def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+    """One step of a state that `pack` made: input [B, I] -> output [B, M or H], the state after it. No gradients."""
+    if input.dim() != 2:
+        raise ValueError(f"input: expected [B, I], got {list(input.shape)}")
+    input = input.unsqueeze(1)
+    try:
+        hidden, c_n, contexts, weights, attentional = _native(decoder, input, state)
+    except (RuntimeError, TypeError):
+        _check_input(decoder, input, state)
+        raise
+    context = contexts.squeeze(1)
+    output = hidden[-1, :, 0] if attentional is None else attentional.squeeze(1)
+    after = DecoderState(
+        hidden.squeeze(2),
+        c_n,
+        context,
+        None if attentional is None else output,
+        state.memory,
+        weights.squeeze(1),
+        None,
+        state.packed,
+        decoder,
+    )
+    return output, after
+
+
+def _native(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, Any, Tensor, Tensor, Any]:
+    memory = state.memory
+    packed_keys = memory.keys.packed if isinstance(memory.keys, PreparedKeys) else None
+    return ops.decoder.attention_decoder(
+        decoder.spec,
+        _tensors(decoder, input, state),
+        decoder.weights,
+        packed_keys=packed_keys,
+        packed=state.packed if decoder is state.decoder else None,
+    )
+
+
+def _tensors(decoder: Decoder, input: Tensor, state: DecoderState) -> ops.decoder.Tensors:
+    memory, spec = state.memory, decoder.spec
+    return ops.decoder.Tensors(
+        input,
+        memory.plain_keys(),
+        memory.values,
+        memory.lengths,
+        memory.mask,
+        state.h,
+        state.c,
+        state.context if spec.order == "luong" and spec.context_at >= 0 else None,
+        state.attentional if spec.attentional_at >= 0 else None,
+        decoder.w_query,
+        decoder.b_query,
+        decoder.v,
+        decoder.w_output,
+        decoder.b_output,
+    )
+
+
+def _check_input(decoder: Decoder, input: Tensor, state: DecoderState) -> None:
+    spec, first = decoder.spec, decoder.weights[0]
+    values = state.memory.values
+    width = first.shape[1]
+    width -= values.shape[2] if spec.context_at >= 0 else 0
+    width -= 0 if spec.attentional_at < 0 or decoder.w_output is None else decoder.w_output.shape[0]
+    if input.shape[0] != values.shape[0] or input.shape[2] != width:
+        raise ValueError(
+            f"input: expected [B, T, I] with B={values.shape[0]} (from values), I={width} (from weights), "
+            f"got {list(input.shape)}"
+        )
+    named = {"weights": first, "values": values, "keys": state.memory.plain_keys(), "h_0": state.h}
+    for name, t in named.items():
+        if t.device != input.device:
+            raise ValueError(f"{name}: expected device {input.device} (from input), got {t.device}")
+        if t.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"{name}: expected {input.dtype} (from input), got {t.dtype}")
+
+
+def _widen(t: Tensor | None) -> Tensor | None:
+    return t.float() if t is not None and t.is_floating_point() else t

@@ -1,0 +1,14 @@
+"""Triton kernels: scores from a table, row normalisers, decoder steps. Importing this needs triton."""
+
+from __future__ import annotations
+
+from seqattn_kernels.kernels.operators import (
+    additive_bwd,
+    additive_fwd,
+    normalize_bwd,
+    normalize_fwd,
+    scores_bwd,
+    scores_fwd,
+)
+
+__all__ = ["additive_bwd", "additive_fwd", "normalize_bwd", "normalize_fwd", "scores_bwd", "scores_fwd"]

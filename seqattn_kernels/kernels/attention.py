@@ -1,0 +1,84 @@
+"""Attention from scores to context, forward and backward, out of the kernels.
+
+Two phases: scores [B, T, S], then weights in place, then a batched product. For T > 1 the scores cost hundreds of
+operations an element, so passing over [B, T, S] once more costs a few per cent; in return every score works with every
+normaliser and mask. One query per batch element is bound by reading keys and values, and has a kernel that reads each
+once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels.kernels import launch
+from seqattn_kernels.kernels.launch import Masks
+from seqattn_kernels.kernels.scores import Score
+
+
+# Queries for each batch element up to which reading keys again for each costs less than a tile of queries.
+FEW = 4
+
+
+def clean(values: Tensor, masks: Masks) -> Tensor:
+    """values [B, S, D] with zeros where no query attends: 0 * NaN is NaN."""
+    used = masks.used()
+    keep = None if used is None else used != 0
+    if masks.lengths is not None:
+        inside = torch.arange(values.shape[1], device=values.device) < masks.lengths.unsqueeze(1)
+        keep = inside if keep is None else keep & inside
+    return values if keep is None else values.masked_fill(~keep.unsqueeze(-1), 0)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result, whatever the inputs."""
+    if a.dtype == b.dtype == torch.float32:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+
+
+def attention_fwd(
+    score: Score, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, masks: Masks, need_weights: bool,
+    normalizer: str = "softmax",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Context and weights (None where not needed) of query [B, A] or [B, T, A]."""
+    if query.dim() == 2:
+        context, weights = attention_fwd(score, query.unsqueeze(1), keys, values, v, masks, need_weights, normalizer)
+        return context.squeeze(1), None if weights is None else weights.squeeze(1)
+    if query.shape[1] <= FEW and normalizer == "softmax" and max(query.shape[2], values.shape[2]) <= launch.STEP_WIDTH:
+        return launch.step_fwd(score, query, keys, v, values, masks, need_weights)
+    scores = launch.scores_fwd(score, query, keys, v, masks)
+    weights = scores if query.dtype == torch.float32 else torch.empty_like(scores, dtype=query.dtype)
+    launch.normalize_fwd(normalizer, scores, weights, masks)
+    return torch.bmm(weights, clean(values, masks)), weights if need_weights else None
+
+
+def attention_bwd(
+    score: Score, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, weights: Tensor,
+    d_context: Tensor | None, d_weights: Tensor | None, masks: Masks, need_values: bool, normalizer: str = "softmax",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of query, keys, values (None where not needed) and v."""
+    if query.dim() == 2:
+        d_query, *rest = attention_bwd(
+            score, query.unsqueeze(1), keys, values, v, weights.unsqueeze(1),
+            None if d_context is None else d_context.unsqueeze(1), None if d_weights is None else d_weights.unsqueeze(1),
+            masks, need_values, normalizer,
+        )  # fmt: skip
+        return d_query.squeeze(1), *rest  # type: ignore[return-value]
+    from_context = d_values = None
+    if d_context is not None:
+        from_context = product(d_context, clean(values, masks).transpose(1, 2))
+        if need_values:
+            d_values = torch.bmm(weights.transpose(1, 2), d_context)
+    elif need_values:
+        d_values = torch.zeros_like(values)
+    d_scores = torch.empty_like(weights, dtype=torch.float32) if from_context is None else from_context
+    if d_weights is not None:
+        d_weights = d_weights.contiguous()
+    # Softmax and its kin leave no weight where a key is hidden, and so no gradient.
+    launch.normalize_bwd(normalizer, weights.contiguous(), from_context, d_weights, d_scores)
+    if query.shape[1] == 1 and query.shape[2] <= launch.STEP_WIDTH:
+        d_query, d_keys, d_v = launch.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, v, masks)
+        return d_query.unsqueeze(1), d_keys, d_values, d_v
+    d_query, d_keys, d_v = launch.scores_bwd(score, d_scores, query, keys, v, masks)
+    return d_query, d_keys, d_values, d_v

@@ -1,0 +1,123 @@
+"""Exponentials of queries and keys in the order the score kernels read them, with their range.
+
+Blocked layout: [B, blocks of BLOCK rows, AP, BLOCK], so that a kernel reads a column of its block with constant
+offsets. AP is A padded to a multiple of UNROLL. Rows past N, and keys no query attends to, hold e^0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROWS = tl.constexpr(32)  # rows that share an entry in the table of ranges
+
+
+@triton.jit
+def exp_of_double(x):
+    """e^2x, |2x| at most 64, within two roundings: the product with log2(e) is carried in two parts."""
+    high = x * 2.8853900817779268
+    low = tl.fma(x, 2.8853900817779268, -high) + x * 3.8519226e-08
+    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+
+
+@triton.jit
+def scaled_v(v, largest):
+    """v / largest, away from zero by 2^-30: that much of the largest v changes no rounding of a sum."""
+    w = v / tl.where(largest > 0, largest, 1.0)
+    return tl.where(w < 0, tl.minimum(w, -9.313225746154785e-10), tl.maximum(w, 9.313225746154785e-10))
+
+
+@triton.jit(do_not_specialize=["N", "NP", "heads"])
+def exponentials_kernel(
+    x,  # [B, N, A]
+    v,  # [H, A], row b % H: exponentials are divided by v, scaled, and the coefficients written; or None
+    out,  # float32 [B, NP / BLOCK, AP, BLOCK], NP >= N
+    coefficients,  # float32, for each row of v: of each group of UNROLL: 1/v and half the sum of v; then log2 of the range, scale
+    ranges,  # float32 [B, NP / 32, 2]: largest and least x of each 32 rows
+    lengths,  # [B] or None: rows past it are not looked at
+    used,  # uint8 [B, N] or None: likewise rows of zero
+    N,
+    NP,
+    A,
+    AP,
+    heads,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    V_COLUMNS: tl.constexpr,  # power of two, at least AP
+    COLUMNS: tl.constexpr,
+    SIDE_ROWS: tl.constexpr = ROWS,
+):
+    side_blocks = NP // SIDE_ROWS
+    b = (tl.program_id(0) // side_blocks).to(tl.int64)
+    first = tl.program_id(0) % side_blocks * SIDE_ROWS
+    n = first + tl.arange(0, SIDE_ROWS)
+    valid = n < N
+    if lengths is not None:
+        valid = valid & (n < tl.load(lengths + b))
+    if used is not None:
+        valid = valid & (tl.load(used + b * N + n, mask=valid, other=0) != 0)
+    largest = 1.0
+    if v is not None:
+        v += b % heads * A
+        all_a = tl.arange(0, V_COLUMNS)
+        all_v = tl.load(v + all_a, mask=all_a < A, other=0.0).to(tl.float32)
+        largest = tl.max(tl.abs(all_v), 0)
+        if (first == 0) & (b < heads):
+            coefficients += b * (AP // UNROLL * (UNROLL + 1) + 2)
+            w = scaled_v(all_v, largest)
+            groups: tl.constexpr = V_COLUMNS // UNROLL
+            inverse = 1.0 / w
+            bits = tl.max(tl.sum(tl.reshape(tl.log2(tl.abs(inverse)), (V_COLUMNS // 4, 4)), 1), 0)
+            # What is not finite must not enter the merged forms.
+            finite = tl.sum(tl.where(tl.abs(all_v) < float("inf"), 0, 1), 0) == 0
+            stride: tl.constexpr = UNROLL + 1
+            tl.store(coefficients + all_a // UNROLL * stride + all_a % UNROLL, inverse, mask=all_a < AP)
+            group = tl.arange(0, groups)
+            half = 0.5 * tl.sum(tl.reshape(w, (groups, UNROLL)), 1)
+            tl.store(coefficients + group * stride + UNROLL, half, mask=group < AP // UNROLL)
+            end = coefficients + AP // UNROLL * stride
+            tl.store(end, tl.where(finite, bits, float("inf")))
+            tl.store(end + 1, largest)
+    base = out + b * NP * AP + (first // BLOCK).to(tl.int64) * AP * BLOCK
+    most = tl.full((SIDE_ROWS,), float("-inf"), tl.float32)
+    least = tl.full((SIDE_ROWS,), float("inf"), tl.float32)
+    row = n.to(tl.int64) * A
+    inside = (n // BLOCK - first // BLOCK) * AP * BLOCK + n % BLOCK
+    for start in range(0, AP, COLUMNS):
+        a = start + tl.arange(0, COLUMNS)
+        there = valid[:, None] & (a < A)[None, :]
+        block = tl.load(x + b * N * A + row[:, None] + a[None, :], mask=there, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.where(there, block, float("-inf")), 1))
+        least = tl.minimum(least, tl.min(tl.where(there, block, float("inf")), 1))
+        # Past this the kernels take the direct form; nothing here may overflow.
+        e = exp_of_double(tl.minimum(tl.maximum(block, -32.0), 32.0))
+        e = tl.where(block == block, e, block)
+        if v is not None:
+            column = tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)
+            e = e / scaled_v(column, largest)[None, :]
+        tl.store(base + inside[:, None] + a[None, :] * BLOCK, e, mask=(a < AP)[None, :] & (n < NP)[:, None])
+    entry = ranges + tl.program_id(0) * 2
+    tl.store(entry, tl.max(most, 0))
+    tl.store(entry + 1, tl.min(least, 0))
+
+
+@triton.jit
+def range_of(ranges, count, FIRST, SIZE: tl.constexpr):
+    """Largest and least of `count` entries from FIRST on; SIZE is a power of two and at least `count`."""
+    i = tl.arange(0, SIZE)
+    there = i < count
+    most = tl.max(tl.load(ranges + (FIRST + i) * 2, mask=there, other=float("-inf")), 0)
+    least = tl.min(tl.load(ranges + (FIRST + i) * 2 + 1, mask=there, other=float("inf")), 0)
+    return most, least
+
+
+@triton.jit
+def form_of(q_most, q_least, k_most, k_least, bits, MERGED: tl.constexpr):
+    """Which form serves a tile: 0 merged, 1 bounded, 2 direct. `bits` is what 1/v adds to the exponent of MERGED x."""
+    q_size = tl.maximum(tl.maximum(q_most, -q_least), 0.0)
+    k_size = tl.maximum(tl.maximum(k_most, -k_least), 0.0)
+    # log2(1 + e^2x) is at most 1 + max(0, 2 x log2(e)).
+    exponent = MERGED * (1.0 + tl.maximum(2.8853902 * (q_most + k_most), 0.0)) + bits
+    # 1 - 2 / x has an absolute error of a rounding: too large where every tanh is small.
+    merged = (q_size <= 32.0) & (k_size <= 32.0) & (bits < float("inf")) & (q_size + k_size > 0.03125)
+    return tl.where(merged, tl.where(exponent <= 125.0, 0, 1), 2)

@@ -1,0 +1,273 @@
+"""The operators on CUDA, as their schemas in csrc/ops.cpp have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels.kernels import attention, launch
+from seqattn_kernels.kernels.launch import Masks
+from seqattn_kernels.kernels.scores import SCORES, Score
+
+NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _score(kind: str) -> Score:
+    if kind not in SCORES:
+        raise ValueError(f"kind: expected one of {sorted(SCORES)}, got {kind!r}")
+    return SCORES[kind]
+
+
+def _expect_shape(name: str, t: Tensor, text: str, *shapes: Sequence[int]) -> None:
+    if tuple(t.shape) not in [tuple(shape) for shape in shapes]:
+        raise ValueError(f"{name}: expected {text}, got {list(t.shape)}")
+
+
+def _expect_dtype(name: str, t: Tensor, like: Tensor, *others: torch.dtype) -> None:
+    if t.dtype != like.dtype and t.dtype not in others:
+        raise TypeError(f"{name}: expected {like.dtype} (from query), got {t.dtype}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} (from query), got {t.device}")
+
+
+def _check_attention(query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor | None) -> None:
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query: expected [B, A] or [B, T, A], got {list(query.shape)}")
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query: expected one of {[str(d) for d in DTYPES]}, got {query.dtype}")
+    batch, width = query.shape[0], query.shape[-1]
+    if keys.dim() != 3 or keys.shape[0] != batch or keys.shape[2] != width:
+        raise ValueError(f"keys: expected [B, S, A] with B={batch}, A={width} (from query), got {list(keys.shape)}")
+    _expect_dtype("keys", keys, query)
+    if v is not None:
+        heads = v.shape[0] if v.dim() == 2 else 1
+        fits = v.dim() in (1, 2) and v.shape[-1] == width and heads > 0 and batch % heads == 0
+        if not fits:
+            raise ValueError(
+                f"v: expected [A] or [H, A] with A={width}, H dividing B={batch} (from query), got {list(v.shape)}"
+            )
+        _expect_dtype("v", v, query)
+    if values is not None:
+        if values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+            raise ValueError(
+                f"values: expected [B, S, D] with B={batch}, S={keys.shape[1]} (from keys), got {list(values.shape)}"
+            )
+        _expect_dtype("values", values, query)
+
+
+def _masks(batch: int, steps: int, source: int, like: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Masks:
+    """Lengths below 0 or above S, which can't be looked at without a wait for the device, count as 0 and S."""
+    if lengths is not None:
+        _expect_shape("lengths", lengths, f"[B] with B={batch}", (batch,))
+        _expect_dtype("lengths", lengths, like, torch.int64)
+        if lengths.dtype != torch.int64:
+            raise TypeError(f"lengths: expected torch.int64, got {lengths.dtype}")
+    if mask is not None:
+        text = f"[B, S], [B, 1, S] or [B, T, S] with B={batch}, T={steps}, S={source}"
+        _expect_shape("mask", mask, text, (batch, source), (batch, 1, source), (batch, steps, source))
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask: expected torch.bool or a floating dtype, got {mask.dtype}")
+        _expect_dtype("mask", mask, like, mask.dtype)
+    return Masks.of(lengths, mask)
+
+
+def additive_fwd(
+    query: Tensor, keys: Tensor, packed: Tensor | None, values: Tensor, v: Tensor, lengths: Tensor | None,
+    mask: Tensor | None, need_weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_attention(query, keys, v, values)
+    if packed is not None:
+        raise ValueError(f"packed: expected None on {query.device}, where keys are read as they are")
+    steps = query.shape[1] if query.dim() == 3 else 1
+    masks = _masks(query.shape[0], steps, keys.shape[1], query, lengths, mask)
+    context, weights = attention.attention_fwd(SCORES["additive"], query, keys, values, v, masks, need_weights)
+    return context, query.new_empty(0) if weights is None else weights
+
+
+def additive_bwd(
+    query: Tensor, keys: Tensor, values: Tensor, v: Tensor, weights: Tensor, d_context: Tensor | None,
+    d_weights: Tensor | None, lengths: Tensor | None, mask: Tensor | None, need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_attention(query, keys, v, values)
+    steps = query.shape[1] if query.dim() == 3 else 1
+    masks = _masks(query.shape[0], steps, keys.shape[1], query, lengths, mask)
+    d_query, d_keys, d_values, d_v = attention.attention_bwd(
+        SCORES["additive"], query, keys, values, v, weights, d_context, d_weights, masks, need_values
+    )
+    assert d_v is not None
+    return d_query, d_keys, query.new_empty(0) if d_values is None else d_values, d_v
+
+
+def scores_fwd(
+    kind: str, query: Tensor, keys: Tensor, v: Tensor | None = None, features: Tensor | None = None,
+    feature_weight: Tensor | None = None, lengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Scores [B, T, S] of query [B, T, A] and keys [B, S, A]; 0 past `lengths`."""
+    score = _score(kind)
+    _check_scores(query, keys, v, features, feature_weight)
+    masks = _masks(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
+    if features is not None and features.dim() == 4:
+        assert feature_weight is not None
+        per_step = [
+            scores_fwd(kind, query[:, t : t + 1], keys, v, features[:, t], feature_weight, lengths)
+            for t in range(query.shape[1])
+        ]
+        return torch.cat(per_step, 1) if per_step else query.new_empty(query.shape[0], 0, keys.shape[1])
+    scores = _raw_scores(score, query, _with_features(keys, features, feature_weight), v)
+    if masks.lengths is not None:
+        past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
+        scores.masked_fill_(past.unsqueeze(1), 0)
+    return scores.to(query.dtype)
+
+
+def scores_bwd(
+    kind: str, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None = None, features: Tensor | None = None,
+    feature_weight: Tensor | None = None, lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, keys, v, features and feature_weight, empty where there is none.
+
+    A score whose gradient is 0 contributes nothing, even where query or key is NaN.
+    """
+    score = _score(kind)
+    _check_scores(query, keys, v, features, feature_weight)
+    masks = _masks(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
+    _expect_shape("d_scores", d_scores, "[B, T, S]", (*query.shape[:2], keys.shape[1]))
+    d_scores = d_scores.float()
+    if masks.lengths is not None:
+        past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
+        d_scores = d_scores.masked_fill(past.unsqueeze(1), 0)
+    some = d_scores != 0
+    if query.shape[1]:
+        query = query.masked_fill(~some.any(2, keepdim=True), 0) if keys.shape[1] else query
+        masks = Masks(None, some.any(1, keepdim=True).view(torch.uint8))
+    if features is not None and features.dim() == 4:
+        assert feature_weight is not None
+        return _scores_bwd_by_step(score, d_scores, query, keys, v, features, feature_weight)
+    inner = _with_features(keys, features, feature_weight)
+    d_query, d_inner, d_v = _raw_gradients(score, d_scores, query, inner, v, masks)
+    empty = query.new_empty(0)
+    d_features = d_weight = empty
+    if features is not None and feature_weight is not None:
+        kept = features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
+        d_features = (d_inner.float() @ feature_weight.float().t()).to(features.dtype)
+        d_weight = (kept.float().flatten(0, 1).t() @ d_inner.float().flatten(0, 1)).to(feature_weight.dtype)
+    return d_query, d_inner.to(keys.dtype), empty if d_v is None else d_v, d_features, d_weight
+
+
+def _scores_bwd_by_step(
+    score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, features: Tensor,
+    feature_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Features of each query by themselves: a step at a time, or the term [B, T, S, A] would have to be stored."""
+    d_keys = torch.zeros_like(keys, dtype=torch.float32)
+    d_weight = torch.zeros_like(feature_weight, dtype=torch.float32)
+    d_v = None if v is None else torch.zeros_like(v, dtype=torch.float32)
+    d_query, d_features = torch.zeros_like(query), torch.zeros_like(features)
+    for t in range(query.shape[1]):
+        step = slice(t, t + 1)
+        found = scores_bwd(score.name, d_scores[:, step], query[:, step], keys, v, features[:, t], feature_weight)
+        d_query[:, step], d_features[:, t] = found[0], found[3]
+        d_keys += found[1]
+        d_weight += found[4]
+        if d_v is not None:
+            d_v += found[2]
+    empty = query.new_empty(0)
+    return (
+        d_query, d_keys.to(keys.dtype), empty if v is None or d_v is None else d_v.to(v.dtype), d_features,
+        d_weight.to(feature_weight.dtype),
+    )  # fmt: skip
+
+
+def _check_scores(
+    query: Tensor, keys: Tensor, v: Tensor | None, features: Tensor | None, feature_weight: Tensor | None
+) -> None:
+    if query.dim() != 3:
+        raise ValueError(f"query: expected [B, T, A], got {list(query.shape)}")
+    _check_attention(query, keys, v, None)
+    if (features is None) != (feature_weight is None):
+        raise ValueError("feature_weight: expected it together with features, got one without the other")
+    if features is not None and feature_weight is not None:
+        batch, steps, width = query.shape
+        source = keys.shape[1]
+        if feature_weight.dim() != 2 or feature_weight.shape[1] != width:
+            raise ValueError(
+                f"feature_weight: expected [F, A] with A={width} (from query), got {list(feature_weight.shape)}"
+            )
+        count = feature_weight.shape[0]
+        text = f"[B, S, F] or [B, T, S, F] with B={batch}, T={steps}, S={source}, F={count}"
+        _expect_shape("features", features, text, (batch, source, count), (batch, steps, source, count))
+        _expect_dtype("features", features, query)
+        _expect_dtype("feature_weight", feature_weight, query)
+
+
+def _with_features(keys: Tensor, features: Tensor | None, feature_weight: Tensor | None) -> Tensor:
+    """Features [B, S, F] are the same for all queries: their term belongs to the keys."""
+    if features is None or feature_weight is None:
+        return keys
+    return keys.float() + features.float() @ feature_weight.float()
+
+
+def _raw_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
+    if score.product and v is None:
+        return attention.product(query, keys.transpose(1, 2))
+    if v is None and score.exponential:
+        v = query.new_ones(query.shape[2])
+    if query.shape[1] <= attention.FEW and query.shape[2] <= launch.STEP_WIDTH:
+        return launch.step_scores(score, query, keys, v)
+    return launch.scores_fwd(score, query, keys, v)
+
+
+def _raw_gradients(
+    score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, masks: Masks
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if score.product and v is None:
+        clean = attention.clean(keys, masks)
+        d_query = torch.bmm(d_scores, clean.float()).to(query.dtype)
+        return d_query, torch.bmm(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
+    weight = query.new_ones(query.shape[2]) if v is None and score.exponential else v
+    if query.shape[1] == 1 and query.shape[2] <= launch.STEP_WIDTH:
+        d_query, d_keys, d_v = launch.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight, masks)
+        d_query = d_query.unsqueeze(1)
+    else:
+        d_query, d_keys, d_v = launch.scores_bwd(score, d_scores, query, keys, weight, masks)
+    return d_query, d_keys, None if v is None else d_v
+
+
+def normalize_fwd(
+    kind: str, scores: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0,
+    temperature: float = 1.0, fill: float = -math.inf, zero_empty: bool = True,
+) -> Tensor:  # fmt: skip
+    """Weights [B, T, S] of ``(scale * scores + mask) / temperature``, with `fill` where a key is hidden."""
+    _check_rows(kind, scores)
+    masks = _masks(*scores.shape, scores, lengths, mask)
+    scores = scores.contiguous()
+    return launch.normalize_fwd(
+        kind, scores, torch.empty_like(scores), masks, scale, temperature, fill, zero_empty
+    )  # fmt: skip
+
+
+def normalize_bwd(
+    kind: str, d_weights: Tensor, weights: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None,
+    factor: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0."""
+    _check_rows(kind, weights)
+    _expect_shape("d_weights", d_weights, "the shape of weights", weights.shape)
+    masks = _masks(*weights.shape, weights, lengths, mask)
+    weights = weights.contiguous()
+    return launch.normalize_bwd(
+        kind, weights, d_weights.contiguous(), None, torch.empty_like(weights), masks, factor
+    )  # fmt: skip
+
+
+def _check_rows(kind: str, scores: Tensor) -> None:
+    if kind not in NORMALIZERS:
+        raise ValueError(f"kind: expected one of {list(NORMALIZERS)}, got {kind!r}")
+    if scores.dim() != 3:
+        raise ValueError(f"scores: expected [B, T, S], got {list(scores.shape)}")
+    if scores.dtype not in DTYPES:
+        raise TypeError(f"scores: expected one of {[str(d) for d in DTYPES]}, got {scores.dtype}")

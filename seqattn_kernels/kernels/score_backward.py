@@ -1,0 +1,163 @@
+"""Gradients of scores: one kernel, run for the queries (and v) and again for the keys.
+
+A program owns a tile [rows of one side, columns of A] and goes over the rows of the other side, so that nothing is
+added up across threads or programs but v: no atomics, the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqattn_kernels.kernels.exponentials import form_of, range_of
+from seqattn_kernels.kernels.scores import additive_reciprocals
+
+
+@triton.jit
+def merged_rows(
+    own, other, d_scores, n_mask, a_mask, step, count, AP, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
+    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Sums over the other side's rows of d * (r - r^2) and, for v, of d * (r - 1/2)."""
+    acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
+    acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
+    for m in range(0, count, 4):
+        # Rows past the count hold e^0 and are multiplied by zero.
+        for i in tl.static_range(0, 4, 2):
+            d0 = tl.load(d_scores + i * step, mask=n_mask & (m + i < count), other=0.0)[:, None]
+            d1 = tl.load(d_scores + (i + 1) * step, mask=n_mask & (m + i + 1 < count), other=0.0)[:, None]
+            e0 = tl.load(other + i * AP, mask=a_mask, other=1.0)[None, :]
+            e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=1.0)[None, :]
+            r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
+            acc += d0 * (r0 - r0 * r0)
+            acc += d1 * (r1 - r1 * r1)
+            if WITH_V:
+                acc_v += d0 * r0
+                acc_v += d1 * r1
+                acc_v -= 0.5 * (d0 + d1)
+        d_scores += 4 * step
+        other += 4 * AP
+    return acc, acc_v
+
+
+@triton.jit
+def direct_rows(
+    own, other, used, d_scores, n_mask, a_mask, step, count, A, FORWARD: tl.constexpr, GRADIENT: tl.constexpr,
+    OWN_QUERY: tl.constexpr, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, WITH_V: tl.constexpr,
+):  # fmt: skip
+    """Sums over the other side's rows of d * (derivative by the own side) and, for v, of d * term. Any score."""
+    acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
+    acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
+    for m in range(0, count):
+        d = tl.load(d_scores, mask=n_mask, other=0.0)[:, None]
+        there = a_mask
+        if used is not None:
+            there = there & (tl.load(used + m) != 0)
+        row = tl.load(other, mask=there, other=0.0).to(tl.float32)[None, :]
+        if OWN_QUERY:
+            d_own, _ = GRADIENT(own, row)
+        else:
+            _, d_own = GRADIENT(row, own)
+        acc += d * d_own
+        if WITH_V:
+            acc_v += d * FORWARD(own, row)
+        d_scores += step
+        other += A
+    return acc, acc_v
+
+
+@triton.jit(do_not_specialize=["N", "M", "heads"])
+def scores_bwd_kernel(
+    own,  # [B, N, A]: queries or keys, whose gradient this is
+    other,  # [B, M, A]
+    v,  # [H, A] or None: batch element b has row b % H
+    own_exp,  # float32 [B, NP, AP]; the four only with MERGED
+    other_exp,  # float32 [B, MP, AP]
+    own_ranges,  # [B, NP / 32, 2]
+    other_ranges,  # [B, MP / 32, 2]
+    d_scores,  # float32 [B, T, S]; zero where a query doesn't attend
+    lengths,  # [B] or None
+    used,  # uint8 [B, S] or None: keys of zero don't enter, whatever they hold
+    d_own,  # float32 [B, N, A]
+    d_v,  # float32 [B, blocks of N, A], with WITH_V
+    N,
+    M,
+    A,
+    AP,
+    NP,
+    MP,
+    n_step,  # strides of d_scores along N and M: S and 1 for queries
+    m_step,
+    heads,
+    FORWARD: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    MERGED: tl.constexpr,
+    OWN_QUERY: tl.constexpr,
+    WITH_V: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    OWN_ENTRIES: tl.constexpr,  # powers of two, at least the entries of ranges
+    OTHER_ENTRIES: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    n_blocks, a_blocks = tl.cdiv(N, N_BLOCK), tl.cdiv(A, A_BLOCK)
+    tile = tl.program_id(0)
+    a_block, n_block = tile % a_blocks, tile // a_blocks % n_blocks
+    b = (tile // a_blocks // n_blocks).to(tl.int64)
+    n = n_block * N_BLOCK + tl.arange(0, N_BLOCK)
+    a = a_block * A_BLOCK + tl.arange(0, A_BLOCK)
+    n_wide = n.to(tl.int64)
+    n_mask, a_mask = n < N, a < A
+    count = M
+    valid = n_mask
+    if lengths is not None:
+        length = tl.load(lengths + b)
+        if OWN_QUERY:
+            count = tl.minimum(length, M).to(tl.int32)
+        else:
+            valid = valid & (n < length)
+    if used is not None and not OWN_QUERY:
+        valid = valid & (tl.load(used + b * N + n, mask=n_mask, other=0) != 0)
+    d_scores += b * N * M + n_wide * n_step
+    place = b * N * A + n_wide[:, None] * A + a[None, :]
+    there = n_mask[:, None] & a_mask[None, :]
+    own_there = valid[:, None] & a_mask[None, :]
+    used_row = used
+    if used is not None:
+        used_row = used + b * M
+    if MERGED:
+        own_most, own_least = range_of(own_ranges + b * (NP // 32) * 2, NP // 32, 0, OWN_ENTRIES)
+        most, least = range_of(other_ranges + b * (MP // 32) * 2, MP // 32, 0, OTHER_ENTRIES)
+        form = form_of(own_most, own_least, most, least, 0.0, 2)
+        e = tl.load(own_exp + b * NP * AP + n_wide[:, None] * AP + a[None, :], mask=there, other=1.0)
+        rows = other_exp + b * MP * AP + a
+        if form == 0:
+            acc, acc_v = merged_rows(
+                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, False, TARGET
+            )
+            acc *= 4.0
+            acc_v *= -2.0
+        elif form == 1:
+            acc, acc_v = merged_rows(
+                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, True, TARGET
+            )
+            acc *= 4.0
+            acc_v *= -2.0
+        else:
+            own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
+            acc, acc_v = direct_rows(
+                own_block, other + b * M * A + a, used_row if OWN_QUERY else None, d_scores, n_mask, a_mask, m_step,
+                count, A, FORWARD, GRADIENT, OWN_QUERY, N_BLOCK, A_BLOCK, WITH_V,
+            )  # fmt: skip
+    else:
+        own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
+        acc, acc_v = direct_rows(
+            own_block, other + b * M * A + a, used_row if OWN_QUERY else None, d_scores, n_mask, a_mask, m_step,
+            count, A, FORWARD, GRADIENT, OWN_QUERY, N_BLOCK, A_BLOCK, WITH_V,
+        )  # fmt: skip
+    if v is not None:
+        acc *= tl.load(v + b % heads * A + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(d_own + place, acc, mask=there)
+    if WITH_V:
+        total = tl.sum(tl.where(n_mask[:, None], acc_v, 0.0), 0)
+        tl.store(d_v + (b * n_blocks + n_block) * A + a, total, mask=a_mask)

@@ -1,0 +1,153 @@
+"""Scores [B, T, S] of queries and keys: an outer sum over a, a tile of queries and keys in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqattn_kernels.kernels.exponentials import ROWS, form_of, range_of
+from seqattn_kernels.kernels.scores import additive_bounded, additive_merged3, additive_merged4
+
+
+@triton.jit
+def merged_tile(
+    q, k, coefficients, AP, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, UNROLL: tl.constexpr, TARGET: tl.constexpr
+):  # fmt: skip
+    """-1/2 sum_a v tanh(q + k), v scaled. q and k point at the tile's block of exponentials."""
+    q += tl.arange(0, T_BLOCK)
+    k += tl.arange(0, S_BLOCK)
+    acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
+    for _ in range(0, AP, UNROLL):
+        # Threes as far as they go: UNROLL is 4, 8 or 16, and leaves a four, or two.
+        fours: tl.constexpr = UNROLL % 3 + 3 * (UNROLL % 3 == 0)
+        threes: tl.constexpr = UNROLL - 4 * fours
+        for i in tl.static_range(0, threes, 3):
+            q0 = tl.load(q + i * T_BLOCK)[:, None]
+            q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
+            q2 = tl.load(q + (i + 2) * T_BLOCK)[:, None]
+            k0 = tl.load(k + i * S_BLOCK)[None, :]
+            k1 = tl.load(k + (i + 1) * S_BLOCK)[None, :]
+            k2 = tl.load(k + (i + 2) * S_BLOCK)[None, :]
+            c0 = tl.load(coefficients + i)
+            c1 = tl.load(coefficients + i + 1)
+            c2 = tl.load(coefficients + i + 2)
+            acc += additive_merged3(q0, q1, q2, k0, k1, k2, c0, c1, c2, TARGET)
+        for i in tl.static_range(threes, UNROLL, 4):
+            q0 = tl.load(q + i * T_BLOCK)[:, None]
+            q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
+            q2 = tl.load(q + (i + 2) * T_BLOCK)[:, None]
+            q3 = tl.load(q + (i + 3) * T_BLOCK)[:, None]
+            k0 = tl.load(k + i * S_BLOCK)[None, :]
+            k1 = tl.load(k + (i + 1) * S_BLOCK)[None, :]
+            k2 = tl.load(k + (i + 2) * S_BLOCK)[None, :]
+            k3 = tl.load(k + (i + 3) * S_BLOCK)[None, :]
+            c0 = tl.load(coefficients + i)
+            c1 = tl.load(coefficients + i + 1)
+            c2 = tl.load(coefficients + i + 2)
+            c3 = tl.load(coefficients + i + 3)
+            acc += additive_merged4(q0, q1, q2, q3, k0, k1, k2, k3, c0, c1, c2, c3, TARGET)
+        # Without half of sum v, partial sums are as small as those of v * tanh, and so are their rounding errors.
+        acc -= tl.load(coefficients + UNROLL)
+        q += UNROLL * T_BLOCK
+        k += UNROLL * S_BLOCK
+        coefficients += UNROLL + 1
+    return acc
+
+
+@triton.jit
+def bounded_tile(
+    q, k, coefficients, AP, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, UNROLL: tl.constexpr, TARGET: tl.constexpr
+):  # fmt: skip
+    """The same for exponents whose products may overflow."""
+    q += tl.arange(0, T_BLOCK)
+    k += tl.arange(0, S_BLOCK)
+    acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
+    for a in range(0, AP):
+        acc += additive_bounded(tl.load(q)[:, None], tl.load(k)[None, :], tl.load(coefficients), TARGET)
+        q += T_BLOCK
+        k += S_BLOCK
+        coefficients += 1
+        if a % UNROLL == UNROLL - 1:
+            acc -= tl.load(coefficients)
+            coefficients += 1
+    return acc
+
+
+@triton.jit
+def direct_tile(
+    query, keys, v, t, s, T, S, A, FORWARD: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr
+):  # fmt: skip
+    """sum_a v * forward(q, k) of any score. query [T, A] and keys [S, A] of one batch element."""
+    query += t.to(tl.int64) * A
+    keys += s.to(tl.int64) * A
+    acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
+    for a in range(0, A):
+        q = tl.load(query + a, mask=t < T, other=0.0).to(tl.float32)
+        k = tl.load(keys + a, mask=s < S, other=0.0).to(tl.float32)
+        term = FORWARD(q[:, None], k[None, :])
+        if v is not None:
+            term *= tl.load(v + a).to(tl.float32)
+        acc += term
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "heads"])
+def scores_fwd_kernel(
+    query,  # [B, T, A]
+    keys,  # [B, S, A]
+    v,  # [H, A] or None: batch element b has row b % H
+    q_exp,  # float32 [B, TP / T_BLOCK, AP, T_BLOCK] / v, blocked; the four only with MERGED
+    k_exp,  # float32 [B, SP / S_BLOCK, AP, S_BLOCK], blocked
+    coefficients,  # [H, ...]
+    q_ranges,  # [B, TP / 32, 2]
+    k_ranges,  # [B, SP / 32, 2]
+    lengths,  # [B] or None: tiles past it are left as they are
+    out,  # float32 [B, T, S]
+    T,
+    S,
+    A,
+    AP,
+    heads,
+    FORWARD: tl.constexpr,
+    MERGED: tl.constexpr,
+    T_BLOCK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TARGET: tl.constexpr,
+    SIDE_ROWS: tl.constexpr = ROWS,
+):
+    t_blocks, s_blocks = tl.cdiv(T, T_BLOCK), tl.cdiv(S, S_BLOCK)
+    tile = tl.program_id(0)
+    s_block, t_block = tile % s_blocks, tile // s_blocks % t_blocks
+    b = (tile // s_blocks // t_blocks).to(tl.int64)
+    t = t_block * T_BLOCK + tl.arange(0, T_BLOCK)
+    s = s_block * S_BLOCK + tl.arange(0, S_BLOCK)
+    if lengths is not None:
+        if s_block * S_BLOCK >= tl.load(lengths + b):
+            return
+    head = b % heads
+    if v is not None:
+        v += head * A
+    if MERGED:
+        q_entries: tl.constexpr = T_BLOCK // SIDE_ROWS
+        k_entries: tl.constexpr = S_BLOCK // SIDE_ROWS
+        coefficients += head * (AP // UNROLL * (UNROLL + 1) + 2)
+        end = coefficients + AP // UNROLL * (UNROLL + 1)
+        q_most, q_least = range_of(q_ranges + b * t_blocks * q_entries * 2, q_entries, t_block * q_entries, q_entries)
+        k_most, k_least = range_of(k_ranges + b * s_blocks * k_entries * 2, k_entries, s_block * k_entries, k_entries)
+        form = form_of(q_most, q_least, k_most, k_least, tl.load(end), 4)
+        scale = -2.0 * tl.load(end + 1)
+        q_tile = q_exp + (b * t_blocks + t_block) * AP * T_BLOCK
+        k_tile = k_exp + (b * s_blocks + s_block) * AP * S_BLOCK
+        if form == 0:
+            acc = scale * merged_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, TARGET)
+        elif form == 1:
+            acc = scale * bounded_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, TARGET)
+        else:
+            acc = direct_tile(
+                query + b * T * A, keys + b * S * A, v, t, s, T, S, A, FORWARD, T_BLOCK, S_BLOCK
+            )  # fmt: skip
+    else:
+        acc = direct_tile(query + b * T * A, keys + b * S * A, v, t, s, T, S, A, FORWARD, T_BLOCK, S_BLOCK)
+    place = out + b * T * S + t.to(tl.int64)[:, None] * S + s[None, :]
+    tl.store(place, acc, mask=(t < T)[:, None] & (s < S)[None, :])

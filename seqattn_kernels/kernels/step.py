@@ -1,0 +1,191 @@
+"""A decoder step: one query for each batch element (or a few), keys and values read once, S split over programs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T", "S", "SPLIT", "heads"])
+def step_fwd_kernel(
+    query,  # [B, T, A]
+    keys,  # [B, S, A]
+    v,  # [H, A] or None: batch element b has row b % H
+    values,  # [B, S, D]; None: only scores are wanted
+    lengths,  # [B] or None
+    mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added to the scores; or None
+    mask_b,
+    mask_t,
+    scores,  # float32 [B, T, S]: masked scores, or None
+    partial,  # float32 [B, T, splits, D + 2]: context, sum and largest score of each split
+    T,
+    S,
+    A,
+    D,
+    SPLIT,  # keys of a split
+    heads,
+    FORWARD: tl.constexpr,
+    QUICK: tl.constexpr,
+    ADDED: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,  # powers of two, at least A and D
+    D_BLOCK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    splits = tl.cdiv(S, SPLIT)
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    b, t = row // T, row % T
+    first = tl.program_id(0) % splits * SPLIT
+    last = tl.minimum(first + SPLIT, S)
+    end = last
+    if lengths is not None:
+        end = tl.minimum(end, tl.load(lengths + b)).to(tl.int32)
+    a = tl.arange(0, A_BLOCK)
+    d = tl.arange(0, D_BLOCK)
+    if v is not None:
+        v += b % heads * A
+    q = tl.load(query + row * A + a, mask=a < A, other=0.0).to(tl.float32)
+    top = float("-inf")
+    total = 0.0
+    context = tl.zeros((S_BLOCK, D_BLOCK), tl.float32)
+    for start in range(first, end, S_BLOCK):
+        s = start + tl.arange(0, S_BLOCK)
+        keep = s < end
+        if mask is not None:
+            at = mask + b * mask_b + t * mask_t + s
+            if ADDED:
+                bias = tl.load(at, mask=keep, other=float("-inf")).to(tl.float32)
+                keep = keep & (bias != float("-inf"))
+            else:
+                keep = keep & (tl.load(at, mask=keep, other=0) != 0)
+        rows = b * S + s.to(tl.int64)
+        k = tl.load(keys + rows[:, None] * A + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0)
+        if values is not None:
+            h = tl.load(values + rows[:, None] * D + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        if QUICK is None:
+            term = FORWARD(q[None, :], k.to(tl.float32))
+        else:
+            term, _, _ = QUICK(q[None, :], k.to(tl.float32), TARGET)
+        if v is not None:
+            term *= tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+        else:
+            term = tl.where((a < A)[None, :], term, 0.0)
+        x = tl.sum(term, 1)
+        if mask is not None and ADDED:
+            x += bias
+        x = tl.where(keep, x, float("-inf"))
+        if scores is not None:
+            tl.store(scores + row * S + s, x, mask=s < last)
+        if values is not None:
+            best = tl.maximum(top, tl.max(x, 0))
+            # Where nothing was attended to so far, both are -inf: 0, not NaN.
+            shrink = tl.where(top == best, 1.0, tl.exp(top - best))
+            p = tl.where(keep, tl.exp(x - best), 0.0)
+            total = total * shrink + tl.sum(p, 0)
+            context = context * shrink + p[:, None] * h.to(tl.float32)
+            top = best
+    if values is not None:
+        at = partial + tl.program_id(0).to(tl.int64) * (D + 2)
+        tl.store(at + d, tl.sum(context, 0), mask=d < D)
+        tl.store(at + D, total)
+        tl.store(at + D + 1, top)
+
+
+@triton.jit(do_not_specialize=["T", "S", "splits"])
+def step_join_kernel(
+    scores,  # float32 [B, T, S]; or None
+    partial,  # float32 [B, T, splits, D + 2]
+    lengths,  # [B] or None
+    context,  # [B, T, D]
+    weights,  # [B, T, S]; or None
+    T,
+    S,
+    D,
+    splits,
+    SPLITS: tl.constexpr,  # power of two, at least splits
+    S_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+):
+    d_blocks = tl.cdiv(D, D_BLOCK)
+    row = (tl.program_id(0) // d_blocks).to(tl.int64)
+    d_block = tl.program_id(0) % d_blocks
+    i = tl.arange(0, SPLITS)
+    d = d_block * D_BLOCK + tl.arange(0, D_BLOCK)
+    rows = partial + (row * splits + i) * (D + 2)
+    total = tl.load(rows + D, mask=i < splits, other=0.0)
+    top = tl.load(rows + D + 1, mask=i < splits, other=float("-inf"))
+    best = tl.max(top, 0)
+    shrink = tl.where(total != 0, tl.exp(top - best), 0.0)
+    total = tl.sum(total * shrink, 0)
+    inverse = tl.where(total != 0, 1.0 / total, 0.0)
+    part = tl.load(rows[:, None] + d[None, :], mask=(i < splits)[:, None] & (d < D)[None, :], other=0.0)
+    joined = tl.sum(part * shrink[:, None], 0) * inverse
+    tl.store(context + row * D + d, joined.to(context.dtype.element_ty), mask=d < D)
+    if weights is not None:
+        end = S
+        if lengths is not None:
+            end = tl.minimum(end, tl.load(lengths + row // T)).to(tl.int32)
+        for start in range(d_block * S_BLOCK, S, d_blocks * S_BLOCK):
+            s = start + tl.arange(0, S_BLOCK)
+            x = tl.load(scores + row * S + s, mask=s < end, other=float("-inf"))
+            p = tl.where(x == float("-inf"), 0.0, tl.exp(x - best) * inverse)
+            tl.store(weights + row * S + s, p.to(weights.dtype.element_ty), mask=s < S)
+
+
+@triton.jit(do_not_specialize=["S", "SPLIT", "heads"])
+def step_bwd_kernel(
+    query,  # [B, A]
+    keys,  # [B, S, A]
+    v,  # [H, A] or None: batch element b has row b % H
+    d_scores,  # float32 [B, S]; zero where the query doesn't attend
+    lengths,  # [B] or None
+    used,  # uint8 [B, S] or None: keys of zero don't enter, whatever they hold
+    d_keys,  # [B, S, A]
+    partial,  # float32 [B, splits, 2, A]: sums of the derivative by q, before v, and of the terms
+    S,
+    A,
+    SPLIT,
+    heads,
+    FORWARD: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    QUICK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    splits = tl.cdiv(S, SPLIT)
+    b = (tl.program_id(0) // splits).to(tl.int64)
+    first = tl.program_id(0) % splits * SPLIT
+    end = tl.minimum(first + SPLIT, S)
+    a = tl.arange(0, A_BLOCK)
+    a_mask = a < A
+    if v is not None:
+        v += b % heads * A
+    q = tl.load(query + b * A + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
+    factor = tl.full((1, A_BLOCK), 1.0, tl.float32)
+    if v is not None:
+        factor = tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
+    acc = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
+    acc_v = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
+    for start in range(first, end, S_BLOCK):
+        s = start + tl.arange(0, S_BLOCK)
+        inside = s < end
+        valid = inside
+        if lengths is not None:
+            valid = valid & (s < tl.load(lengths + b))
+        if used is not None:
+            valid = valid & (tl.load(used + b * S + s, mask=valid, other=0) != 0)
+        place = (b * S + s.to(tl.int64))[:, None] * A + a[None, :]
+        k = tl.load(keys + place, mask=valid[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
+        d = tl.load(d_scores + b * S + s, mask=inside, other=0.0)[:, None]
+        if QUICK is None:
+            term = FORWARD(q, k)
+            d_q, d_k = GRADIENT(q, k)
+        else:
+            term, d_q, d_k = QUICK(q, k, TARGET)
+        acc += d * d_q
+        acc_v += d * term
+        tl.store(d_keys + place, (d * d_k * factor).to(d_keys.dtype.element_ty), mask=inside[:, None] & a_mask[None, :])
+    at = partial + tl.program_id(0).to(tl.int64) * 2 * A + a
+    tl.store(at, tl.sum(acc, 0), mask=a_mask)
+    tl.store(at + A, tl.sum(acc_v, 0), mask=a_mask)
