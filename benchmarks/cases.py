@@ -222,6 +222,14 @@ def _models() -> Iterator[Case]:
         yield Case("models", operator, shape, Mode.TRAINING, ("ours",), (Bar("ours", 1.0),))
 
 
+def _decoder() -> Iterator[Case]:
+    for operator in ("gru_decoder", "lstm_decoder"):
+        for sizes in ((32, 30, 30, 256), (1, 30, 30, 256)):
+            shape = dict(zip("BTSH", sizes, strict=True))
+            for mode in (Mode.FORWARD, Mode.TRAINING):
+                yield Case("decoder", operator, shape, mode, ("ours",), (Bar("ours", 1.0),))
+
+
 def _curve(suite_shape: Mapping[str, int], over: str, sizes: Iterable[int]) -> Iterator[dict[str, int]]:
     """The shape with one size after the other; the input is as wide as the hidden state."""
     for size in sizes:
@@ -247,6 +255,7 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
     "bf16": tuple(_bf16()),
     "attention": tuple(_attention()),
     "peers": tuple(_peers()),
+    "decoder": tuple(_decoder()),
     "models": tuple(_models()),
     "scaling": tuple(_scaling()),
 }
@@ -351,6 +360,17 @@ def _cuda_dot() -> Iterator[Case]:
                 yield _on_gpu("dot", "dot_attention", shape, mode, names, bars, dtype)
 
 
+def _cuda_decoder() -> Iterator[Case]:
+    for sizes in ((64, 100, 100, 512), (16, 50, 50, 256), (1, 100, 100, 512)):
+        shape = dict(zip("BTSH", sizes, strict=True))
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+            for operator in ("gru_decoder", "lstm_decoder"):
+                for mode in BOTH_MODES:
+                    names = ("ours", "ours_graph", "torch_graph")
+                    bars = (Bar("ours", 1.0), Bar("ours_graph", 1.0, against="torch_graph"))
+                    yield _on_gpu("decoder", operator, shape, mode, names, bars, dtype, tf32)
+
+
 def _cuda_models() -> Iterator[Case]:
     for operator, sizes in MODELS.items():
         shape = dict(zip("BTH", sizes, strict=True))
@@ -381,6 +401,7 @@ CUDA_SUITES: Mapping[str, tuple[Case, ...]] = {
     "additive": tuple(_cuda_additive()),
     "dot": tuple(_cuda_dot()),
     "cells": tuple(_cuda_cells()),
+    "decoder": tuple(_cuda_decoder()),
     "models": tuple(_cuda_models()),
     "scaling": tuple(_cuda_scaling()),
 }

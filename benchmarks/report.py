@@ -31,6 +31,8 @@ OPERATORS = {
     "general_attention": "general attention",
     "concat_attention": "concat attention",
     "feature_attention": "feature attention",
+    "gru_decoder": "GRU decoder with additive attention",
+    "lstm_decoder": "LSTM decoder with additive attention",
 }
 MODES = {
     "forward": "inference",
@@ -112,6 +114,7 @@ TABLES: Mapping[str, Callable[[Document], str]] = {
     "bf16": ratio_table,
     "attention": ratio_table,
     "peers": engine_table,
+    "decoder": ratio_table,
     "models": model_table,
     **{f"{GPU}{suite}": gpu_report.ratios for suite in gpu_report.TITLES},
 }

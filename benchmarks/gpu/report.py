@@ -18,6 +18,8 @@ OPERATORS = {
     "gru_cell": "GRUCell",
     "additive_attention": "additive attention",
     "dot_attention": "dot attention",
+    "gru_decoder": "GRU decoder",
+    "lstm_decoder": "LSTM decoder",
 }
 TITLES = {
     "recurrent": "Recurrent layers against cuDNN",
@@ -26,6 +28,7 @@ TITLES = {
     "additive": "Additive attention against eager torch",
     "dot": "Dot attention against eager torch",
     "cells": "Cells in a Python loop against torch's",
+    "decoder": "Attentional decoders against a loop of torch's cells",
     "models": "Whole models, accelerated",
     "scaling": "One size after the other",
 }
@@ -77,7 +80,7 @@ def best(contestant: Contestant) -> float | None:
 def step_us(case: CaseResult, contestant: Contestant) -> float | None:
     """Microseconds a time step of a recurrence takes, input products and gradients included."""
     milliseconds = best(contestant)
-    if milliseconds is None or case.suite not in ("recurrent", "lengths", "cell_states"):
+    if milliseconds is None or case.suite not in ("recurrent", "lengths", "cell_states", "decoder"):
         return None
     return milliseconds * 1e3 / case.shape["T"]
 
