@@ -63,8 +63,8 @@ class Peer(ABC):
 @lru_cache
 def registry() -> dict[str, Peer]:
     """Every contestant by name."""
-    from benchmarks.peers import cuda, onnxruntime, openvino, ours, torch_compile, torch_eager
+    from benchmarks.peers import cuda, flashrnn, haste, onnxruntime, openvino, ours, torch_compile, torch_eager
 
     peers = [torch_eager.TorchEager(), *ours.VARIANTS, torch_compile.TorchCompile()]
-    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino(), *cuda.PEERS]
+    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino(), *cuda.PEERS, haste.Haste(), flashrnn.FlashRnn()]
     return {peer.name: peer for peer in peers}
