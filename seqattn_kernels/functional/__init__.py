@@ -9,10 +9,10 @@ from seqattn_kernels.functional.attention import (
     prepare_keys,
 )
 from seqattn_kernels.functional.cells import gru_cell, lstm_cell, rnn_cell
+from seqattn_kernels.functional.custom import register_score, score_attention
 from seqattn_kernels.functional.decoder import attention_decoder
 from seqattn_kernels.functional.decoder_loop import DecoderMemory, DecoderState
 from seqattn_kernels.functional.decoder_run import DecoderOutput
-from seqattn_kernels.functional.custom import register_score, score_attention
 from seqattn_kernels.functional.location import coverage_attention, coverage_loss, fertility, location_attention
 from seqattn_kernels.functional.pooling import feature_attention, pooling_attention
 from seqattn_kernels.functional.products import cosine_attention, dot_attention, general_attention
