@@ -305,7 +305,14 @@ def _cuda_recurrent() -> Iterator[Case]:
                 at_least = 1.5 if not tf32 and shape["H"] <= CLUSTER_HIDDEN else 1.0
                 for mode in BOTH_MODES:
                     peer = "haste" if tf32 else "flashrnn"
-                    names = ("ours", "ours_graph", "torch_graph", *((peer,) if mode is Mode.FORWARD else ()))
+                    names = (
+                        "ours",
+                        "ours_graph",
+                        "ours_cuda",
+                        "ours_cuda_graph",
+                        "torch_graph",
+                        *((peer,) if mode is Mode.FORWARD else ()),
+                    )
                     # cuDNN as called, and its own time on the device: many of its launches wait for the host.
                     bars = (Bar("ours", at_least), Bar("ours_graph", 1.0, against="torch_graph"))
                     yield _on_gpu("recurrent", kind, shape, mode, names, bars, dtype, tf32)

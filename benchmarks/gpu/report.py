@@ -33,10 +33,13 @@ TITLES = {
     "scaling": "One size after the other",
 }
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# What a user gets; "ours_cuda" is there for the thresholds alone.
 OURS = ("ours", "ours_lengths", "ours_context", "ours_graph")
 COLOURS = {
     "ours": "#1b6ca8",
     "ours_graph": "#7fb7de",
+    "ours_cuda": "#2a6f4f",
+    "ours_cuda_graph": "#7fbf9f",
     "ours_lengths": "#1b6ca8",
     "ours_context": "#1b6ca8",
     "torch_eager": "#888888",
