@@ -28,6 +28,7 @@ class Mode(str, Enum):
 LOOP_STEPS = 20
 STOCK = "torch_eager"
 STOCK_AGAIN = "torch_eager again"  # the other half of the A/A pair
+BY_NAME = ("ours_cuda", "ours_cuda_graph")  # ours where it would not be chosen: the thresholds are made from it
 FMA_LIMIT = "fma limit"  # what a bar on the share of the machine's limit is against
 
 GATES: Mapping[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -413,6 +414,11 @@ CUDA_SUITES: Mapping[str, tuple[Case, ...]] = {
     "models": tuple(_cuda_models()),
     "scaling": tuple(_cuda_scaling()),
 }
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant is what a user of the package gets."""
+    return name.startswith("ours") and name not in BY_NAME
 
 
 def find(pattern: str = "") -> list[Case]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cases import STOCK
+from benchmarks.cases import STOCK, is_ours
 from benchmarks.gpu.bench import SUITES
 from benchmarks.results import CaseResult, Contestant, Document
 
@@ -33,8 +33,6 @@ TITLES = {
     "scaling": "One size after the other",
 }
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# What a user gets; "ours_cuda" is there for the thresholds alone.
-OURS = ("ours", "ours_lengths", "ours_context", "ours_graph")
 COLOURS = {
     "ours": "#1b6ca8",
     "ours_graph": "#7fb7de",
@@ -141,7 +139,7 @@ def remarks(documents: dict[str, Document]) -> list[str]:
     lines = []
     for case in cases:
         for each in case.contestants:
-            if each.name in OURS and each.ratio_high is not None and each.ratio_high < 1:
+            if is_ours(each.name) and each.ratio_high is not None and each.ratio_high < 1:
                 lines.append(f"- slower than stock beyond noise: {each.name} in {case.name}: {each.ratio:.2f}")
     for case in cases:
         for bar in case.bars:
