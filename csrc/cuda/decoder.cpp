@@ -14,6 +14,8 @@
 #include "plan.h"
 #include "stepwise.h"
 
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
 namespace seqattn::gpu {
 namespace {
 
