@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("suite", nargs="*", choices=(*SUITES, []), help="what to measure; everything by default")
     made.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT, such as lstm/forward")
     made.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after that time")
+    made.add_argument("--first", type=int, metavar="N", help="of each suite the first N of these")
     made.add_argument("--quick", action="store_true", help="a third of the time for each case")
     made.add_argument("--peers", type=lambda text: text.split(","), metavar="A,B", help="these beside stock, no others")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="in place of benchmarks/results/<gpu>")
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     share = sum(SHARES[suite] for suite in suites)
     until = begin
     for suite in suites:
-        cases = [case for case in CUDA_SUITES[suite] if options.only in case.name]
+        cases = [case for case in CUDA_SUITES[suite] if options.only in case.name][: options.first]
         done = keeper.load(suite) if options.resume else set()
         if options.budget is not None:
             # What an earlier suite left over counts for the later ones.

@@ -31,6 +31,7 @@ class Settings:
     suites: str = ""
     quick: bool = False
     tests: str = ""
+    first: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -159,6 +160,7 @@ def bench(settings: Settings, seconds: float, log: Path) -> Outcome:
     base = [*PYTHON, "-m", "benchmarks.gpu.bench", "--out", str(settings.folder)]
     base += ["--only", settings.cases] if settings.cases else []
     base += ["--quick"] if settings.quick else []
+    base += ["--first", str(settings.first)] if settings.first is not None else []
     suites = settings.suites.split(",") if settings.suites else []
     while restarts <= RESTARTS:
         left = seconds - (time.monotonic() - begin)
