@@ -380,6 +380,7 @@ def test_the_page_of_a_gpu_names_what_was_lost(tmp_path):
     assert f"bar missed: ours_context in {first.name}" in text
     assert f"past its tolerance or failed: ours in {second.name}" in text
     assert "bf16_tflops 800" in text
+    assert "<h2>Every figure</h2>" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "dot.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "recurrent.png").exists()
 

@@ -126,7 +126,7 @@ def tests(settings: Settings, seconds: float, log: Path) -> Outcome:
     # Left to itself pytest loads every plugin of the machine; of these only xdist is asked for.
     command = [*PYTHON, "-m", "pytest", "-q", "--device", "cuda", "-rfE", "--tb=short", "--maxfail=200"]
     if _has("xdist"):
-        command += ["-p", "xdist", "-n", str(min(6, os.cpu_count() or 1))]
+        command += ["-p", "xdist", "-n", str(min(12, os.cpu_count() or 1))]
     command += shlex.split(settings.tests)
     # Workers share the device and the cores.
     code, spent, output = execute("tests", command, seconds, log, {"OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.report FOLDER`: the tables (table.md) and pictures (*.png) of a GPU's results."""
+"""`python -m benchmarks.gpu.report FOLDER`: table.md, report.html and pictures (*.png) of a GPU's results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.cases import STOCK, is_ours
 from benchmarks.gpu.bench import SUITES
+from benchmarks.html.page import render
 from benchmarks.results import CaseResult, Contestant, Document
 
 OPERATORS = {
@@ -263,8 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not documents:
         parser.error(f"{options.folder}: expected results of some of {', '.join(SUITES)}, got none")
     (options.folder / "table.md").write_text(page(documents))
+    (options.folder / "report.html").write_text(render(documents))
     pictures = draw(documents, options.folder)
-    print(f"{options.folder / 'table.md'}, {', '.join(path.name for path in pictures)}")
+    print(f"{options.folder}: table.md, report.html, {', '.join(path.name for path in pictures)}")
     for line in remarks(documents):
         print(line)
     return 0
