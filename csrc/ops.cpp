@@ -2,7 +2,11 @@
 // fake kernels and autograd are in seqattn_kernels/ops.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(seqattn, m) {
+#if !defined(SEQATTN_LIBRARY)
+#define SEQATTN_LIBRARY seqattn  // a test has a library of its own, whose CUDA kernels run in the emulator
+#endif
+
+STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // One layer of a recurrent network: all its directions, all time steps. `cell` is the place in cells/registry.h.
   // layout 0: input [T, B, I], 1: [B, T, I], 2: packed rows [N, I]. sizes: lengths [B], or batch sizes [T] when packed.
   // weights: for each direction w_ih, w_hh, then b_ih, b_hh (has_bias), then w_hr (projection), in torch's layout.

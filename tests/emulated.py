@@ -41,6 +41,12 @@ class Memory:
             self._bytes(name).copy_(value.detach().contiguous().reshape(-1).view(torch.uint8))
         return self.address(name)
 
+    def set(self, name: str, value: Tensor) -> None:
+        """Writes over a buffer, in its dtype."""
+        _, dtype, shape = self.buffers[name]
+        if value.numel():
+            self._bytes(name).copy_(value.expand(shape).to(dtype).contiguous().reshape(-1).view(torch.uint8))
+
     def address(self, name: str) -> int:
         return self.buffers[name][0].address
 

@@ -35,7 +35,7 @@ def build(sanitize: bool = False) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     target = work / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = ["-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += [f"-isystem{i}" for i in includes] + (SANITIZERS if sanitize else [])
     with (work / "build.ninja").open("w") as file:
         n = ninja_syntax.Writer(file)

@@ -213,13 +213,31 @@ def test_sizes_of_persistent_kernels(cell: str, dtype: torch.dtype, backend: str
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @paths
-def test_tf32(cell: str, backend: str) -> None:
-    """With tf32 allowed the products have ten bits, as float16 has."""
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_tf32(cell: str, backend: str, bidirectional: bool) -> None:
+    """With tf32 allowed the products of a step have ten bits, as float16 has, and large products sixteen."""
     torch.backends.cudnn.allow_tf32 = True
     kind = KINDS[cell]
-    x = torch.randn(20, 16, 64, requires_grad=True)
-    hx = states_of(kind, 1, 16, 128, dtype=torch.float32)
-    agrees(kind, x, hx, weights_of(kind, 64, 128, torch.float32), torch.float16, backend=backend)
+    x = torch.randn(40, 64, 256, requires_grad=True)
+    hx = states_of(kind, 2 if bidirectional else 1, 64, 256, dtype=torch.float32)
+    weights = weights_of(kind, 256, 256, torch.float32, bidirectional=bidirectional)
+    lengths = torch.randint(0, 41, (64,)) if bidirectional else None
+    agrees(kind, x, hx, weights, torch.float16, backend=backend, bidirectional=bidirectional, lengths=lengths)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_large_products_with_tf32_keep_sixteen_bits(cell: str) -> None:
+    """Those of x, over all steps; a step's own are exact in the stepwise path."""
+    torch.backends.cudnn.allow_tf32 = True
+    kind = KINDS[cell]
+    x = torch.randn(40, 64, 256, requires_grad=True)
+    own_x, weights = x.detach().cuda().requires_grad_(), to_cuda(weights_of(kind, 256, 256, torch.float32))
+    out = kind.run(own_x, None, weights, backend="cuda_stepwise")
+    torch.backends.cudnn.allow_tf32 = False
+    exact = kind.run(own_x, None, weights, backend="cuda_stepwise")
+    for got, wanted in zip([out[0], *gradients(out, [own_x, *weights])],
+                           [exact[0], *gradients(exact, [own_x, *weights])], strict=True):  # fmt: skip
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @kinds
@@ -350,9 +368,7 @@ def test_autocast(kind: RecurrentKind, dtype: torch.dtype, backend: str) -> None
     with torch.autocast("cuda", dtype=dtype):
         stock = module(x)
         ours = kind.run(x, None, module._flat_weights, training=True, backend=backend)
-        again = kind.run(
-            ours[0], None, module._flat_weights[:0] or module_weights(kind), training=True, backend=backend
-        )
+        again = kind.run(ours[0], None, module_weights(kind), training=True, backend=backend)
     for (_, a), (_, b) in zip(flatten(ours), flatten(stock), strict=True):
         assert a.dtype == b.dtype
     assert again[0].dtype == stock[0].dtype

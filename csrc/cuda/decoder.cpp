@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
   if (const char* reason = decoder_why_not(a, shared_limit)) fail(reason);
 
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) fail("no current CUDA stream");
   Tensor bias;
   if (b_ih && b_hh) {
     bias = torch::stable::new_empty(x_gates, {cell.slots * H}, ScalarType::Float);

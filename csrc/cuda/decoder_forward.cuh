@@ -13,6 +13,8 @@
 // receiving block, which has read them by then. h has two: a block without a column may lag behind, still multiplying.
 #pragma once
 
+#include <type_traits>
+
 #include "decoder.h"
 #include "persistent.cuh"
 
@@ -64,12 +66,25 @@ SEQATTN_DEVICE int lanes_for(int n) {
   return lanes;
 }
 
+// Element i of eight in 16 bytes. They are taken apart where they are used: a load is waited for at its first use.
+template <class T>
+SEQATTN_DEVICE float element(const Words4& words, int i) {
+  const uint32_t word = words[i / 2];
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return bits_float(i % 2 ? word & 0xffff0000u : word << 16);
+  } else {
+    const uint16_t bits = static_cast<uint16_t>(i % 2 ? word >> 16 : word);
+    T x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return to_float(x);
+  }
+}
+
 template <class Shape>
 SEQATTN_KERNEL(Shape::kThreads, 1)
 cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
-  using Eight = Vec<T, 8>;
   constexpr int kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece, kWarps = Shape::kWarps;
   constexpr int kHiddenPairs = Shape::kHiddenPairs, kValuePairs = Shape::kValuePairs, kCluster = Shape::kCluster;
   constexpr int kHSlot = kSlots - kGates, kQueue = Shape::kQueue;
@@ -251,16 +266,16 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
   const int value_turns = attends ? (length + value_stride - 1) / value_stride : 0;
   const auto key_at = [&](int n) {
     const int s = key_first + n * key_stride;
-    return reinterpret_cast<const Eight*>(keys + static_cast<int64_t>(s < last ? s : last) * features);
+    return reinterpret_cast<const Words4*>(keys + static_cast<int64_t>(s < last ? s : last) * features);
   };
   const auto value_at = [&](int n) {
     const int s = value_first + n * value_stride;
-    return reinterpret_cast<const Eight*>(values + static_cast<int64_t>(s < last ? s : last) * value);
+    return reinterpret_cast<const Words4*>(values + static_cast<int64_t>(s < last ? s : last) * value);
   };
 
   for (int t = 0; t < steps; ++t) {
     const int parity = t & 1;
-    Eight queue[kQueue];
+    Words4 queue[kQueue];
     SEQATTN_UNROLL
     for (int n = 0; n < kQueue; ++n) queue[n] = load(key_at(n));
     float x[kGates];
@@ -270,7 +285,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
       if (live && t + 1 < steps) x_next[gate] = to_float(x_gates[(t + 1) * args.x_step + gate * hidden]);
     }
     if (t > 0) {
-      barrier_wait_cluster(barriers + Shape::kStateCame + parity, static_cast<uint32_t>((t - 1) >> 1) & 1);
+      barrier_wait(barriers + Shape::kStateCame + parity, static_cast<uint32_t>((t - 1) >> 1) & 1);
       if (thread_index() == 0 && t + 2 < steps)
         barrier_arrive_expect(barriers + Shape::kStateCame + parity, state_bytes);
     }
@@ -328,7 +343,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
     if (attends) {
       // Where nothing comes there is no waiting: a phase without bytes would end before all threads have seen the last.
       if (query_bytes > 0) {
-        barrier_wait_cluster(barriers + Shape::kQueryCame, parity);
+        barrier_wait(barriers + Shape::kQueryCame, parity);
         if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes);
       }
 
@@ -347,29 +362,35 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
         }
         for (int n0 = 0; n0 < key_turns; n0 += kQueue) {
           const bool more = n0 + kQueue < key_turns;
+          float score[kQueue];
           SEQATTN_UNROLL
           for (int j = 0; j < kQueue; ++j) {
-            const int n = n0 + j;
-            float score = 0;
+            score[j] = 0;
             SEQATTN_UNROLL
-            for (int i = 0; i < 8; ++i) score += own_energy[i] * tanh_approx(own_query[i] + to_float(queue[j][i]));
-            queue[j] = load(more ? key_at(n + kQueue) : value_at(j));
-            if (n < key_turns) {
-              for (int m = key_lanes / 2; m > 0; m /= 2) score += shuffle_xor(score, m);
-              const int s = key_first + n * key_stride;
-              if (s < length) {
-                for (int p = lane % key_lanes; p < parts; p += key_lanes) {
-                  const Remote<unsigned char> peer = map_shared(shared, column_served * parts + p);
-                  store_async(remote_cast<float>(peer + (Shape::kScores + (part * source_stride + s) * 4)), score,
-                              remote_cast<Barrier>(peer + Shape::kScoresCame * sizeof(Barrier)));
-                }
+            for (int i = 0; i < 8; ++i) {
+              score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], i));
+            }
+            queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
+          }
+          for (int m = key_lanes / 2; m > 0; m /= 2) {
+            SEQATTN_UNROLL
+            for (int j = 0; j < kQueue; ++j) score[j] += shuffle_xor(score[j], m);
+          }
+          SEQATTN_UNROLL
+          for (int j = 0; j < kQueue; ++j) {
+            const int s = key_first + (n0 + j) * key_stride;
+            if (s < length) {
+              for (int p = lane % key_lanes; p < parts; p += key_lanes) {
+                const Remote<unsigned char> peer = map_shared(shared, column_served * parts + p);
+                store_async(remote_cast<float>(peer + (Shape::kScores + (part * source_stride + s) * 4)), score[j],
+                            remote_cast<Barrier>(peer + Shape::kScoresCame * sizeof(Barrier)));
               }
             }
           }
         }
       }
       if (scores_bytes > 0) {
-        barrier_wait_cluster(barriers + Shape::kScoresCame, parity);
+        barrier_wait(barriers + Shape::kScoresCame, parity);
         if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes);
       }
 
@@ -408,7 +429,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
           const int s = value_first + (n0 + j) * value_stride;
           const float weight = s < length ? weight_of(s) : 0.f;
           SEQATTN_UNROLL
-          for (int i = 0; i < 8; ++i) sums[i] += weight != 0 ? weight * to_float(queue[j][i]) : 0.f;
+          for (int i = 0; i < 8; ++i) sums[i] += weight != 0 ? weight * element<T>(queue[j], i) : 0.f;
           if (n0 + kQueue < value_turns) queue[j] = load(value_at(n0 + j + kQueue));
         }
       }
@@ -451,7 +472,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
       }
     }
 
-    barrier_wait_cluster(barriers + Shape::kContextCame, parity);
+    barrier_wait(barriers + Shape::kContextCame, parity);
     if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
     const Shared<Words4> seen = context + (split * kValuePairs * 4 + q) * 8 + fragment;
     SEQATTN_UNROLL

@@ -1,5 +1,5 @@
 #include "../cells/registry.h"
-#include "cluster_launch.h"
+#include "persistent_launch.h"
 
 namespace seqattn::gpu {
 namespace {
@@ -8,11 +8,11 @@ template <class Cell, class Run>
 const char* with_type(DType dtype, Run run) {
   switch (dtype) {
     case DType::kFloat32:
-      return run(ClusterKernels<Cell, float>{});
+      return run(PersistentKernels<Cell, float>{});
     case DType::kBFloat16:
-      return run(ClusterKernels<Cell, bfloat16>{});
+      return run(PersistentKernels<Cell, bfloat16>{});
     case DType::kFloat16:
-      return run(ClusterKernels<Cell, half>{});
+      return run(PersistentKernels<Cell, half>{});
     case DType::kFloat64:
       break;
   }
@@ -31,15 +31,15 @@ const char* with_kernels(int cell, DType dtype, Run run) {
 
 }  // namespace
 
-const char* persistent_forward(const Plan& plan, const Forward& args, void*, void* stream) {
+const char* persistent_forward(const Plan& plan, const Forward& args, void* workspace, void* stream) {
   return with_kernels(args.cell, args.dtype, [&](auto kernels) {
-    return decltype(kernels)::forward(plan, args, static_cast<Stream>(stream));
+    return decltype(kernels)::forward(plan, args, workspace, static_cast<Stream>(stream));
   });
 }
 
-const char* persistent_backward(const Plan& plan, const Backward& args, void*, void* stream) {
+const char* persistent_backward(const Plan& plan, const Backward& args, void* workspace, void* stream) {
   return with_kernels(args.cell, args.dtype, [&](auto kernels) {
-    return decltype(kernels)::backward(plan, args, static_cast<Stream>(stream));
+    return decltype(kernels)::backward(plan, args, workspace, static_cast<Stream>(stream));
   });
 }
 

@@ -1,9 +1,10 @@
-// What the persistent recurrence kernels share: how units, weights and batch columns are laid over a cluster.
+// What the persistent recurrence kernels share: how units, weights and batch columns are laid over blocks.
 //
-// A cluster of blocks keeps one direction's W_hh in registers and shared memory for the whole sequence and serves up to
-// 8 * kColumnTiles sequences, the columns. Hidden units are padded to kPadded. A block owns 16 * kGroups of them with
-// all their gates; a warp multiplies the gates of 16 units (one m16 tile for each gate, so that a lane finds all gates
-// of a unit in its own accumulators) with a quarter of the previous h.
+// A team of blocks, a cluster or a part of a cooperative grid, keeps one direction's W_hh in registers and shared
+// memory for the whole sequence and serves up to 8 * kColumnTiles sequences, the columns. Hidden units are padded to
+// kPadded. A block owns 16 * kGroups of them with all their gates; a warp multiplies the gates of 16 units (one m16
+// tile for each gate, so that a lane finds all gates of a unit in its own accumulators) with a quarter of the previous
+// h.
 //
 // The k index of a product may be permuted as long as weights and h agree. 16 bytes of h, a piece, are kPiece units of
 // one column; a lane's B fragments of two mma (a pair of k tiles) are one piece, and its A fragments of a pair are 16
@@ -11,6 +12,7 @@
 // (4 * (c % 2) + c / 2) ^ (piece % 4): a warp reads pieces without bank conflicts and writes 64 contiguous bytes.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "../cells/registry.h"
@@ -44,6 +46,23 @@ struct Operand<float> {
   static SEQATTN_DEVICE float round(float x) { return x; }
   static SEQATTN_DEVICE uint32_t weight_bits(uint32_t x) { return to_tf32(bits_float(x)); }
 };
+
+// The bits of a number as memory has them, in a register of their own: loaded early, converted late. Pairs of shorter
+// types the compiler would pack at once, and so wait for the loads.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+template <class T>
+SEQATTN_DEVICE uint32_t load_bits(const T* from) {
+  return load(reinterpret_cast<const Bits<T>*>(from));
+}
+template <class T>
+SEQATTN_DEVICE float from_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return bits_float(bits << 16);
+  } else {
+    return to_float(std::bit_cast<T>(static_cast<Bits<T>>(bits)));
+  }
+}
 
 // A fragments of the two mma of a pair of k tiles.
 struct WeightPair {
@@ -91,33 +110,44 @@ SEQATTN_DEVICE WeightPair weight_pair(const Words4& upper, const Words4& lower) 
 
 // Takes this warp's weights, pair(p, tile) of kPairs pairs and kTiles m16 tiles, to where they stay: the first kHeld
 // pairs in registers, the others in `shared`. The loads are a loop of few instructions that passes through `stage`
-// (1 KB for each warp and tile); unrolled into registers, they alone would need more than there are.
+// (TeamShape::stage_bytes()); unrolled into registers, they alone would need more than there are.
 template <int kPairs, int kHeld, int kTiles, class Pair>
 SEQATTN_DEVICE void hold_weights(uint32_t (&held)[kHeld ? kHeld : 1][kTiles][2][4], Shared<Words4> shared,
                                  Shared<Words4> stage, Pair pair) {
+  constexpr int kStage = kTiles < TeamShape::kStageTiles ? kTiles : TeamShape::kStageTiles;
   const int lane = lane_index(), warp = warp_index();
-  const Shared<Words4> own = stage + warp * (kTiles * 64) + lane;
-  SEQATTN_UNROLL
-  for (int p = 0; p < kPairs; ++p) {
-    const Shared<Words4> to = p < kHeld ? own : shared + (warp * (kPairs - kHeld) + p - kHeld) * (kTiles * 64) + lane;
-    SEQATTN_UNROLL_BY(1)
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const WeightPair fragments = pair(p, tile);
+  const Shared<Words4> own = stage + warp * (kStage * 64) + lane;
+  const auto put = [&](const WeightPair& fragments, Shared<Words4> to) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      Words4 words;
       SEQATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        Words4 words;
+      for (int r = 0; r < 4; ++r) words[r] = fragments.a[i][r];
+      store(to + i * 32, words);
+    }
+  };
+  SEQATTN_UNROLL
+  for (int p = 0; p < kHeld; ++p) {
+    SEQATTN_UNROLL
+    for (int from = 0; from < kTiles; from += kStage) {
+      SEQATTN_UNROLL_BY(1)
+      for (int tile = from; tile < from + kStage && tile < kTiles; ++tile) put(pair(p, tile), own + (tile - from) * 64);
+      SEQATTN_UNROLL
+      for (int tile = from; tile < from + kStage && tile < kTiles; ++tile) {
         SEQATTN_UNROLL
-        for (int r = 0; r < 4; ++r) words[r] = fragments.a[i][r];
-        store(to + (tile * 2 + i) * 32, words);
+        for (int i = 0; i < 2; ++i) {
+          const Words4 words = load(own + ((tile - from) * 2 + i) * 32);
+          SEQATTN_UNROLL
+          for (int r = 0; r < 4; ++r) held[p][tile][i][r] = words[r];
+        }
       }
     }
-    if (p < kHeld) {
-      SEQATTN_UNROLL
-      for (int i = 0; i < kTiles * 2; ++i) {
-        const Words4 words = load(own + i * 32);
-        SEQATTN_UNROLL
-        for (int r = 0; r < 4; ++r) held[p < kHeld ? p : 0][i / 2][i % 2][r] = words[r];
-      }
+  }
+  SEQATTN_UNROLL_BY(1)
+  for (int p = kHeld; p < kPairs; ++p) {
+    SEQATTN_UNROLL_BY(1)
+    for (int tile = 0; tile < kTiles; ++tile) {
+      put(pair(p, tile), shared + ((warp * (kPairs - kHeld) + p - kHeld) * kTiles + tile) * 64 + lane);
     }
   }
 }
@@ -128,6 +158,13 @@ SEQATTN_DEVICE T* row_at(T* base, int row, int bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + static_cast<int64_t>(row) * bytes);
 }
+
+// How a launch shares out its work, and where the blocks of a grid meet.
+struct Layout {
+  int first, columns;  // sequence of the first team's first column; columns of a tile
+  uint32_t* counters;  // grid: [directions][teams][tiles], zero
+  Words4* exchange;    // grid: [directions][teams][Shape::kExchangeWords]
+};
 
 // Where column `column` (0 to 7) of piece `piece` stands among the pieces, in units of 16 bytes.
 SEQATTN_DEVICE int piece_place(int piece, int column) {

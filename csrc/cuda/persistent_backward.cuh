@@ -1,4 +1,5 @@
-// The whole backward loop of a recurrent layer in one kernel, with W_hh transposed resident in a cluster.
+// The whole backward loop of a recurrent layer in one kernel, with W_hh transposed resident in a team of blocks: a
+// cluster, or a part of a grid, where parts travel through global memory.
 //
 // A block owns the units it owns in forward (persistent.cuh). It turns the gradient of their h into gradients of their
 // gates, and multiplies these with its rows of W_hh: a part of the gradient of every unit's previous h, which it sends
@@ -8,31 +9,36 @@
 // A step: wait for the parts; add them up, one unit and column a lane; the cell; gate gradients to shared memory as
 // pieces; a block barrier; multiply; send; then write the gate gradients and fetch the next step's values while the
 // parts travel. Parts, their barrier and the pieces are double buffered: who has sent a step's parts has read those
-// before, and who has passed the block barrier has read the pieces before.
+// before, and who has passed the block barrier has read the pieces before. Tiles of columns take turns, each with
+// buffers and barriers of its own, so that one's parts travel while another's are computed.
 #pragma once
 
 #include "persistent.cuh"
 
 namespace seqattn::gpu {
 
-template <class Cell_, class T_, int kPadded, int kCluster_, int kColumnTiles_>
-struct ClusterBackward {
+template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
+struct PersistentBackward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr ClusterShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kCluster_, kColumnTiles_};
-  static constexpr int kCluster = kCluster_, kColumnTiles = kColumnTiles_, kColumns = 8 * kColumnTiles;
+  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr bool kGrid = kGrid_;
+  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
   static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
   static constexpr int kPairs = kShape.backward_pairs(), kHeld = kShape.backward_held();
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
   static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
 
-  // Shared memory, in bytes.
+  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; weights.
   static constexpr int kBarriers = 0;
-  static constexpr int kParts = ClusterShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
-  static constexpr int kGatePieces = kParts + 2 * kPartsSize, kGatePiecesSize = kShape.gate_bytes();
-  static constexpr int kWeights = kGatePieces + 2 * kGatePiecesSize;
+  static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
   static constexpr int kSharedBytes = kShape.backward_shared_bytes();
+  static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
+  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kWeights - 2 * kGatePiecesSize;
+  // Global memory of a team: parts [2][tile][block][from block][group].
+  static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
+  static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
 
   // Where a slot's gradients stand among the pieces: those that meet W_hh first.
   static constexpr int plane(int slot) { return slot >= kSlots - kGates ? slot - (kSlots - kGates) : kGates + slot; }
@@ -60,31 +66,62 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
   return words;
 }
 
+// What a lane keeps of its unit and its column of a tile from step to step.
+template <class Cell, class T>
+struct BackwardLane {
+  struct Values {  // of a step, as forward left them
+    Vec<T, kept(Cell::kSaved, Cell::kHasCell)> saved;
+    uint32_t h_prev, d_output;  // bits
+    float c_prev;
+  };
+  bool present, live;  // a sequence is there; and the unit exists
+  int sequence, length;
+  // Of even and odd iterations: one is written out for each, so that no register is copied from one to the next.
+  int row[2];     // -1 where the sequence takes no part
+  int coming[2];  // rows of the next but one iteration and the one after that
+  float dh, dc, c_first, c_new;
+  Values values[2];
+};
+
 template <class Shape>
 SEQATTN_KERNEL(Shape::kThreads, 1)
-cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
+persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PARAM Layout layout) {
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   using Op = Operand<T>;
+  using Lane = BackwardLane<Cell, T>;
   constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
-  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kCluster = Shape::kCluster, kGroups = Shape::kGroups;
+  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
-  constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell);
+  constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell), kBytes = sizeof(T);
+  constexpr bool kGrid = Shape::kGrid;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
-  const int rank = cluster_rank(), direction = block_index_y();
+  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
   const int steps = static_cast<int>(args.rows.steps);
   const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
-  const int first = block_index() / kCluster * columns;  // sequence of column 0
-  const int present = batch - first < columns ? batch - first : columns;
-  const bool reverse = direction == 1;
+  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
+  // Time runs against forward's.
+  const int back = direction == 1 ? 1 : -1, start = direction == 1 ? 0 : steps - 1;
 
   const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
   const Shared<Barrier> barriers = shared_cast<Barrier>(shared + Shape::kBarriers);
   const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
   const Shared<unsigned char> pieces = shared + Shape::kGatePieces;
   const Shared<Words4> weights = shared_cast<Words4>(shared + Shape::kWeights);
+  constexpr int kPartsFloats = Shape::kPartsSize / 4, kTileFloats = Shape::kTileFloats;
+  const int meeting = (direction * (grid_size() / kBlocks) + team) * kTiles;  // of the counters
+  float* exchange =
+      reinterpret_cast<float*>(layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords);
+  constexpr int kTileBytes = Shape::kGatePiecesSize / kTiles;
+
+  // Sequences of a tile, and the bytes of parts that come for them: columns travel in pairs.
+  const auto present_of = [&](int tile) {
+    const int rest = batch - (first + tile * columns);
+    return rest < columns ? rest : columns;
+  };
+  const auto expected = [&](int tile) { return kBlocks * kGroups * 128 * ((present_of(tile) + 1) / 2); };
 
   // W_hh transposed: rows m of kRowTiles tiles, columns the gates of this block's units.
   uint32_t held[kHeld ? kHeld : 1][kRowTiles][2][4];
@@ -102,30 +139,26 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
     store(shared_cast<Words4>(pieces) + i, Words4{});
   }
 
-  // Columns travel in pairs.
-  int pairs_present = 0;
-  SEQATTN_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int rest = present - tile * 8;
-    pairs_present += rest >= 8 ? 4 : rest > 0 ? (rest + 1) / 2 : 0;
-  }
-  const int expected = kCluster * kGroups * 128 * pairs_present;
-  if (thread_index() == 0) {
-    barrier_init(barriers, 1);
-    barrier_init(barriers + 1, 1);
+  // Barrier of an iteration's parts: 2 * tile + its parity.
+  if (!kGrid && thread_index() == 0) {
+    for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
-    if (steps > 0) barrier_arrive_expect(barriers, expected);
-    if (steps > 1) barrier_arrive_expect(barriers + 1, expected);
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if (steps > i % 2 && present_of(i / 2) > 0) barrier_arrive_expect(barriers + i, expected(i / 2));
+    }
   }
-  cluster_sync();
+  if constexpr (kGrid) {
+    block_sync();
+  } else {
+    cluster_sync();
+  }
 
-  // This lane's unit and, in each tile, its column: those of float 32 * split + lane of a part.
+  // This lane's unit and column: those of float 32 * split + lane of a part.
   const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
   const int unit = rank * Shape::kUnits + local_unit;
   const int column = 2 * split + lane % 2;
   const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
-  const int ld_output = static_cast<int>(args.ld_output * sizeof(T)),
-            ld_cell = static_cast<int>(args.ld_cell * sizeof(T));
+  const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
   const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
   const Vec<T, kKept>* saved_rows = static_cast<const Vec<T, kKept>*>(args.saved) + direction_row + unit;
   const T* h_prev_rows = static_cast<const T*>(args.h_prev) + direction_row + unit;
@@ -134,209 +167,197 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
   const T* d_output = static_cast<const T*>(args.d_output) + direction * hidden + unit;
   const T* d_cells = static_cast<const T*>(args.d_cell_rows) + direction * hidden + unit;
   const int64_t* offsets = args.rows.offsets;
-  const auto step_of = [&](int e) { return reverse ? e : steps - 1 - e; };
 
-  bool live[kTiles];
-  int sequence[kTiles], length[kTiles], row[kTiles][3];  // rows of this, the next and the next but one iteration
-  float dh[kTiles], dc[kTiles], c_first[kTiles];
-  struct Values {
-    Vec<T, kKept> saved;
-    T h_prev, d_output, d_cells;
-    float c_prev;
-  } values[kTiles], next[kTiles];
-  float c_new[kTiles];
-  SEQATTN_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    live[tile] = tile * 8 + column < present && unit < hidden;
-    sequence[tile] = first + tile * 8 + column;
-    length[tile] = 0;
-    if (live[tile]) length[tile] = args.rows.lengths ? static_cast<int>(args.rows.lengths[sequence[tile]]) : steps;
-    const int64_t at = (static_cast<int64_t>(direction) * batch + sequence[tile]) * hidden + unit;
-    const auto initial = [&](const void* p) {
-      return p != nullptr && live[tile] ? to_float(static_cast<const T*>(p)[at]) : 0.f;
-    };
-    dh[tile] = initial(args.d_hn);
-    dc[tile] = Cell::kHasCell ? initial(args.d_cn) : 0.f;
-    c_first[tile] = Cell::kHasCell ? initial(args.c0) : 0.f;
-  }
-  // Row of this lane's sequence at iteration e; -1 where it takes no part.
-  const auto row_of = [&](int e, int tile) {
-    if (e >= steps) return -1;
-    const int t = step_of(e);
-    if (t >= length[tile]) return -1;
-    return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence[tile];
+  const auto row_of = [&](int t, int sequence, int length) {
+    if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
+    return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  const auto fetch = [&](int e, int tile, int at, int before) {
-    Values v{};
+  // Values of step t, in row `at`; `before` is the row of the step before t in forward's time.
+  const auto fetch = [&](const Lane& own, typename Lane::Values& values, int t, int at, int before) {
+    values.c_prev = own.c_first;
     if (at >= 0) {
-      v.saved = load(row_at(saved_rows, at, hidden * static_cast<int>(sizeof(v.saved))));
-      v.h_prev = load(row_at(h_prev_rows, at, hidden * static_cast<int>(sizeof(T))));
-      const int out = offsets != nullptr ? at : step_of(e) * out_step + sequence[tile] * out_batch;
-      if (has_d_output) v.d_output = load(row_at(d_output, out, ld_output));
-      if (has_d_cells) v.d_cells = load(row_at(d_cells, out, ld_cell));
+      values.saved = load(row_at(saved_rows, at, hidden * kKept * kBytes));
+      values.h_prev = load_bits(row_at(h_prev_rows, at, hidden * kBytes));
+      const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
+      if (has_d_output) values.d_output = load_bits(row_at(d_output, out, ld_output));
     }
-    v.c_prev = c_first[tile];
-    if (Cell::kHasCell && before >= 0) v.c_prev = load(row_at(cell_rows, before, hidden * 4));
-    return v;
+    if (Cell::kHasCell && before >= 0) values.c_prev = load(row_at(cell_rows, before, hidden * 4));
   };
+  Lane lanes[kTiles];
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
+    Lane& own = lanes[tile];
+    own.present = column < present_of(tile);
+    own.live = own.present && unit < hidden;
+    own.sequence = first + tile * columns + column;
+    own.length = 0;
+    if (own.live) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    own.length = own.length < steps ? own.length : steps;
+    if (own.length < 0) own.length = 0;
+    const int64_t place = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+    const auto initial = [&](const void* p) {
+      return p != nullptr && own.live ? to_float(static_cast<const T*>(p)[place]) : 0.f;
+    };
+    own.dh = initial(args.d_hn);
+    own.dc = Cell::kHasCell ? initial(args.d_cn) : 0.f;
+    own.c_first = Cell::kHasCell ? initial(args.c0) : 0.f;
     SEQATTN_UNROLL
-    for (int i = 0; i < 3; ++i) row[tile][i] = row_of(i, tile);
-    next[tile] = fetch(0, tile, row[tile][0], row[tile][1]);
-    c_new[tile] = Cell::kHasCell && row[tile][0] >= 0 ? load(row_at(cell_rows, row[tile][0], hidden * 4)) : 0.f;
+    for (int i = 0; i < 2; ++i) {
+      own.row[i] = row_of(start + i * back, own.sequence, own.length);
+      own.coming[i] = row_of(start + (i + 2) * back, own.sequence, own.length);
+      own.values[i] = typename Lane::Values{};
+    }
+    fetch(own, own.values[0], start, own.row[0], own.row[1]);
+    fetch(own, own.values[1], start + back, own.row[1], own.coming[0]);
+    own.c_new = Cell::kHasCell && own.row[0] >= 0 ? load(row_at(cell_rows, own.row[0], hidden * 4)) : 0.f;
   }
 
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
-  constexpr int kWritten = kSlots * kPlane * 8 * kTiles, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
+  constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
   T* d_gates = static_cast<T*>(args.d_gates) + direction_row * kSlots;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
 
-  // The owners of this warp's rows, and this lane's place in their parts.
+  // The owners of this warp's rows, and where this lane puts and finds things.
   Remote<unsigned char> owners[kRowTiles];
   SEQATTN_UNROLL
-  for (int tile = 0; tile < kRowTiles; ++tile) owners[tile] = map_shared(shared, (warp * kRowTiles + tile) / kGroups);
+  for (int m = 0; m < kRowTiles; ++m) {
+    if constexpr (!kGrid) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  }
+  const int part_place = group * 128 + split * 32 + lane;
+  const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
 
-  const auto add_parts = [&](int e) {  // of iteration e, to dh
-    const int parity = e & 1;
-    barrier_wait(barriers + parity, static_cast<uint32_t>(e >> 1) & 1);
-    if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barriers + parity, expected);
-    SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile * 8 + 2 * split < present) {
-        const Shared<float> from =
-            parts + parity * (Shape::kPartsSize / 4) + (group * kTiles + tile) * 128 + split * 32 + lane;
-        float sums[4] = {dh[tile], 0, 0, 0};
+  const auto add_parts = [&](int e, int parity, int tile) {  // of iteration e, to dh
+    if constexpr (kGrid) {
+      grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(e + 1) * kBlocks);
+    } else {
+      const Shared<Barrier> barrier = barriers + (2 * tile + parity);
+      barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
+      if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
+    }
+    if (2 * split < present_of(tile)) {
+      float sums[4] = {lanes[tile].dh, 0, 0, 0};
+      if constexpr (kGrid) {
+        const float* from =
+            exchange + (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + rank) * kTileFloats + part_place;
+        SEQATTN_UNROLL_BY(8)
+        for (int block = 0; block < kBlocks; block += 4) {
+          SEQATTN_UNROLL
+          for (int i = 0; i < 4; ++i) sums[i] += load_coherent(from + (block + i) * (kGroups * 128));
+        }
+      } else {
+        const Shared<float> from = parts + (parity * kPartsFloats + tile * kTileFloats + part_place);
         SEQATTN_UNROLL
-        for (int block = 0; block < kCluster; ++block) {
-          const float part = load(from + block * (kGroups * kTiles * 128));
+        for (int block = 0; block < kBlocks; ++block) {
+          const float part = load(from + block * (kGroups * 128));
           sums[block % 4] += part;
         }
-        dh[tile] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       }
+      lanes[tile].dh = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
   };
 
-  for (int e = 0; e < steps; ++e) {
-    const int parity = e & 1;
-    const int t = step_of(e);
-    int coming[kTiles];
+  for (int even = 0; even < steps; even += 2) {
     SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      values[tile] = next[tile];
-      next[tile] = fetch(e + 1, tile, row[tile][1], row[tile][2]);
-      coming[tile] = row_of(e + 3, tile);
-    }
-    if (e > 0) add_parts(e - 1);
+    for (int turn = 0; turn < 2 * kTiles; ++turn) {
+      const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
+      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
+      Lane& own = lanes[tile];
+      if (e > 0) add_parts(e - 1, 1 - parity, tile);
 
-    const Shared<unsigned char> now = pieces + parity * Shape::kGatePiecesSize;
-    SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const Values& v = values[tile];
-      float d_pre[kSlots];
-      SEQATTN_UNROLL
-      for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
-      if (row[tile][0] >= 0) {
-        float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0;
+      const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
+      if (2 * split < present_of(tile)) {
+        float d_pre[kSlots];
         SEQATTN_UNROLL
-        for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(v.saved[i]);
-        if constexpr (Cell::kHasCell) saved[kKept] = c_new[tile];
-        const float dh_new = dh[tile] + to_float(v.d_output);
-        const float dc_new = dc[tile] + to_float(v.d_cells);
-        Cell::template backward<FastMath>(saved, to_float(v.h_prev), v.c_prev, to_float(v.saved[0]), dh_new, dc_new,
-                                          d_pre, &dh_before, &dc_before);
-        dh[tile] = dh_before;
-        if constexpr (Cell::kHasCell) dc[tile] = dc_before;
-      }
-      c_new[tile] = v.c_prev;
-      if (tile * 8 + 2 * split < present) {
+        for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
+        if (own.row[parity] >= 0) {
+          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0;
+          SEQATTN_UNROLL
+          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values[parity].saved[i]);
+          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
+          const float dh_new = has_d_output ? own.dh + from_bits<T>(own.values[parity].d_output) : own.dh;
+          float dc_new = own.dc;
+          if (has_d_cells) {  // rare: not worth registers to fetch it early
+            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
+            dc_new += to_float(load(row_at(d_cells, out, ld_cell)));
+          }
+          Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
+                                            to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
+                                            &dc_before);
+          own.dh = dh_before;
+          if constexpr (Cell::kHasCell) own.dc = dc_before;
+        }
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) {
           const int piece = Shape::plane(slot) * kPlane + local_unit / kPiece;
-          store(
-              shared_cast<T>(now + (tile * Shape::kPieces * 8 + piece_place(piece, column)) * 16) + local_unit % kPiece,
-              from_float<T>(d_pre[slot]));
+          store(shared_cast<T>(now + piece_place(piece, column) * 16) + local_unit % kPiece,
+                from_float<T>(d_pre[slot]));
         }
       }
-    }
-    block_sync();
+      block_sync();
 
-    float sum[kTiles][kChains][kRowTiles][4];
-    SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
+      float sum[kChains][kRowTiles][4];
       SEQATTN_UNROLL
       for (int chain = 0; chain < kChains; ++chain) {
         SEQATTN_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           SEQATTN_UNROLL
-          for (int r = 0; r < 4; ++r) sum[tile][chain][m][r] = 0;
+          for (int r = 0; r < 4; ++r) sum[chain][m][r] = 0;
         }
       }
-    }
-    const Shared<Words4> operand = shared_cast<Words4>(now) + q * 8 + ((4 * (g % 2) + g / 2) ^ q);
-    SEQATTN_UNROLL
-    for (int p = 0; p < kPairs; ++p) {
-      Words4 b[kTiles];
+      const Shared<Words4> operand = shared_cast<Words4>(now) + operand_place;
       SEQATTN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        b[tile] = load(operand + tile * Shape::kPieces * 8 + p * 32);
+      for (int p = 0; p < kPairs; ++p) {
+        Words4 b = load(operand + p * 32);
         SEQATTN_UNROLL
-        for (int w = 0; w < 4; ++w) b[tile][w] = Op::weight_bits(b[tile][w]);
-      }
-      SEQATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
+        for (int w = 0; w < 4; ++w) b[w] = Op::weight_bits(b[w]);
         SEQATTN_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-          uint32_t a[4];
-          if (p < kHeld) {
-            SEQATTN_UNROLL
-            for (int r = 0; r < 4; ++r) a[r] = held[p < kHeld ? p : 0][m][i][r];
-          } else {
-            const Words4 words =
-                load(weights + (((warp * (kPairs - kHeld) + p - kHeld) * kRowTiles + m) * 2 + i) * 32 + lane);
-            SEQATTN_UNROLL
-            for (int r = 0; r < 4; ++r) a[r] = words[r];
-          }
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t half[2] = {b[2 * i], b[2 * i + 1]};
           SEQATTN_UNROLL
-          for (int tile = 0; tile < kTiles; ++tile) {
-            const uint32_t pair[2] = {b[tile][2 * i], b[tile][2 * i + 1]};
-            Op::multiply(sum[tile][i % kChains][m], a, pair);
+          for (int m = 0; m < kRowTiles; ++m) {
+            uint32_t a[4];
+            if (p < kHeld) {
+              SEQATTN_UNROLL
+              for (int r = 0; r < 4; ++r) a[r] = held[p < kHeld ? p : 0][m][i][r];
+            } else {
+              const Words4 words =
+                  load(weights + (((warp * (kPairs - kHeld) + p - kHeld) * kRowTiles + m) * 2 + i) * 32 + lane);
+              SEQATTN_UNROLL
+              for (int r = 0; r < 4; ++r) a[r] = words[r];
+            }
+            Op::multiply(sum[i % kChains][m], a, half);
           }
         }
       }
-    }
-    SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile * 8 + 2 * q < present) {
+      if (2 * q < present_of(tile)) {
         SEQATTN_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           Vec<float, 4> part;
           SEQATTN_UNROLL
-          for (int r = 0; r < 4; ++r)
-            part[r] = sum[tile][0][m][r] + (kChains == 2 ? sum[tile][kChains - 1][m][r] : 0.f);
-          const int group_there = (warp * kRowTiles + m) % kGroups;
-          const int64_t at = Shape::kParts + parity * Shape::kPartsSize +
-                             ((rank * kGroups + group_there) * kTiles + tile) * 512 + (q * 8 + g) * 16;
-          store_async(remote_cast<Vec<float, 4>>(owners[m] + at), part,
-                      remote_cast<Barrier>(owners[m] + (Shape::kBarriers + parity * sizeof(Barrier))));
+          for (int r = 0; r < 4; ++r) part[r] = sum[0][m][r] + (kChains == 2 ? sum[kChains - 1][m][r] : 0.f);
+          const int row_tile = warp * kRowTiles + m, place = (rank * kGroups + row_tile % kGroups) * 32 + q * 8 + g;
+          if constexpr (kGrid) {
+            const int64_t owner = (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + row_tile / kGroups);
+            store_coherent(reinterpret_cast<Vec<float, 4>*>(exchange + owner * kTileFloats) + place, part);
+          } else {
+            const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
+            const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
+            store_async(remote_cast<Vec<float, 4>>(owners[m] + to), part, remote_cast<Barrier>(owners[m] + counted));
+          }
         }
       }
-    }
+      if constexpr (kGrid) grid_arrive(layout.counters + meeting + tile);
 
-    SEQATTN_UNROLL
-    for (int i = 0; i < kWrites; ++i) {
-      const int index = thread_index() + i * Shape::kThreads;
-      const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
-      if (at_column < present) {
-        const int b = first + at_column;
-        const bool exists = offsets == nullptr || t < args.rows.lengths[b];
-        const int from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
-        if (exists && from_unit < hidden) {
+      SEQATTN_UNROLL
+      for (int i = 0; i < kWrites; ++i) {
+        const int index = thread_index() + i * Shape::kThreads;
+        const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
+        const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
+        if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
           const int to_row = (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + b;
-          T* to = row_at(d_gates, to_row, kSlots * hidden * static_cast<int>(sizeof(T))) +
-                  (Shape::slot(piece / kPlane) * hidden + from_unit);
-          const Shared<unsigned char> from =
-              now + (at_column / 8 * Shape::kPieces * 8 + piece_place(piece, at_column % 8)) * 16;
+          T* to =
+              row_at(d_gates, to_row, kSlots * hidden * kBytes) + (Shape::slot(piece / kPlane) * hidden + from_unit);
+          const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
           if (vectors) {
             store(reinterpret_cast<Words4*>(to), load(shared_cast<Words4>(from)));
           } else {
@@ -347,25 +368,26 @@ cluster_backward(SEQATTN_KERNEL_PARAM Backward args, int columns) {
           }
         }
       }
-    }
-    SEQATTN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      row[tile][0] = row[tile][1];
-      row[tile][1] = row[tile][2];
-      row[tile][2] = coming[tile];
+      own.c_new = own.values[parity].c_prev;
+      own.row[parity] = own.coming[0];
+      own.coming[0] = own.coming[1];
+      own.coming[1] = row_of(t + 4 * back, own.sequence, own.length);
+      fetch(own, own.values[parity], t + 2 * back, own.row[parity], own.coming[0]);
     }
   }
 
-  if (steps > 0) add_parts(steps - 1);
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    if (live[tile]) {
-      const int64_t at = (static_cast<int64_t>(direction) * batch + sequence[tile]) * hidden + unit;
-      if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(dh[tile]);
-      if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(dc[tile]);
+    if (tile > 0 && present_of(tile) <= 0) continue;
+    if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
+    const Lane& own = lanes[tile];
+    if (own.live) {
+      const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+      if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);
+      if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
     }
   }
-  cluster_sync();
+  if constexpr (!kGrid) cluster_sync();
 }
 
 }  // namespace seqattn::gpu

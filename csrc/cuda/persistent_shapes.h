@@ -1,5 +1,5 @@
-// How the persistent cluster kernels cut a layer: sizes that kernels are compiled with and plans are made from. Plain
-// C++ without a CUDA header.
+// How the persistent kernels cut a layer: sizes that kernels are compiled with and plans are made from. Plain C++
+// without a CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -9,25 +9,32 @@ namespace seqattn::gpu {
 inline constexpr int kGroupUnits = 16;  // units of a warp's tile
 inline constexpr int kSplit = 4;        // warps that share a tile
 
-struct ClusterSize {
-  int padded;   // hidden units a cluster can hold
-  int cluster;  // its blocks
+// Blocks that share one direction's weights: a cluster, or a part of a cooperative grid (a team).
+struct TeamSize {
+  int padded;  // hidden units a team can hold
+  int blocks;
 };
-inline constexpr ClusterSize kClusterSizes[] = {{128, 8}, {256, 8}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
+inline constexpr TeamSize kClusterSizes[] = {{128, 8}, {256, 8}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
+inline constexpr TeamSize kGridSizes[] = {{256, 8}, {512, 16}, {768, 24}, {768, 48}, {1024, 32}, {1024, 64}};
 inline constexpr int kMaxColumnTiles = 2;
 
-// A cluster kernel of a cell with `gates` and `slots`, elements of `bytes`, 8 * tiles sequences a cluster.
-struct ClusterShape {
-  int gates, slots, bytes, padded, cluster, tiles;
+// A kernel of a cell with `gates` and `slots`, elements of `bytes`, 8 * tiles sequences a team.
+struct TeamShape {
+  int gates, slots, bytes, padded, blocks, tiles;
+  bool grid;  // exchanges through global memory
 
-  constexpr int units() const { return padded / cluster; }  // of a block
+  constexpr int units() const { return padded / blocks; }  // of a block
   constexpr int groups() const { return units() / kGroupUnits; }
   constexpr int warps() const { return kSplit * groups(); }
   constexpr int threads() const { return 32 * warps(); }
   constexpr int piece() const { return 16 / bytes; }
-  // Registers a thread can spare for weights, of 255 (up to 8 warps), 168 (12 warps) or 128 (16 warps).
+  // Registers a thread can spare for weights, of 255 (up to 8 warps), 168 (12 warps) or 128 (16 warps). Forward.
   constexpr int spare_registers() const {
-    const int spare = groups() <= 2 ? 128 : groups() == 3 ? 96 : 64;
+    const int spare = groups() == 1 && tiles == 1 ? 160
+                      : groups() == 1             ? 128
+                      : groups() == 2             ? 128
+                      : groups() == 3             ? 96
+                                                  : 64;
     return groups() > 2 && tiles > 1 ? spare - 32 : spare;
   }
   constexpr int least(int a, int b) const { return a < b ? a : b; }
@@ -36,49 +43,78 @@ struct ClusterShape {
   constexpr int forward_pairs() const { return padded / (kSplit * 4 * piece()); }
   constexpr int forward_held() const { return least(forward_pairs(), spare_registers() / (8 * gates)); }
   constexpr int state_bytes() const { return tiles * padded / piece() * 128; }
-  constexpr int split_bytes() const { return tiles * warps() * kSplit * gates * 128; }
+  // A grid's state is double buffered in global memory, and its block barriers leave the sums' parts one user at a
+  // time.
+  constexpr int state_buffers() const { return grid ? 1 : 2; }
+  constexpr int split_bytes() const { return (grid ? 1 : tiles) * warps() * kSplit * gates * 128; }
+  constexpr int split_buffers() const { return grid ? 1 : 2; }
   constexpr int forward_weight_bytes() const { return warps() * (forward_pairs() - forward_held()) * gates * 1024; }
   constexpr int forward_shared_bytes() const {
-    return kBarrierBytes + 2 * state_bytes() + 2 * split_bytes() + forward_weight_bytes();
+    const int used = state_buffers() * state_bytes() + split_buffers() * split_bytes();
+    return kBarrierBytes + (used > stage_bytes(gates) ? used : stage_bytes(gates)) + forward_weight_bytes();
   }
 
   // Backward: a warp has row_tiles() tiles of W_hh transposed, and all of k.
-  constexpr int row_tiles() const { return cluster / kSplit; }
+  constexpr int row_tiles() const { return blocks / kSplit; }
   constexpr int plane() const { return units() / piece(); }  // pieces of a slot
   constexpr int backward_pairs() const { return (gates * plane() + 3) / 4; }
-  constexpr int backward_held() const { return least(backward_pairs(), spare_registers() / (8 * row_tiles())); }
+  // Accumulators of many tiles take their share of the registers.
+  constexpr int backward_held() const {
+    const int spare = spare_registers() - (row_tiles() > 4 ? 4 * (row_tiles() - 4) : 0);
+    return spare < 0 ? 0 : least(backward_pairs(), spare / (8 * row_tiles()));
+  }
   constexpr int gate_pieces() const {
     return slots * plane() > 4 * backward_pairs() ? slots * plane() : 4 * backward_pairs();
   }
-  constexpr int part_bytes() const { return cluster * groups() * tiles * 512; }
+  constexpr int part_bytes() const { return blocks * groups() * tiles * 512; }
   constexpr int gate_bytes() const { return tiles * gate_pieces() * 128; }
   constexpr int backward_weight_bytes() const {
     return warps() * (backward_pairs() - backward_held()) * row_tiles() * 1024;
   }
   constexpr int backward_shared_bytes() const {
-    return kBarrierBytes + 2 * part_bytes() + 2 * gate_bytes() + backward_weight_bytes();
+    const int used = grid ? 0 : 2 * part_bytes();  // a grid's parts are in global memory
+    return kBarrierBytes + (used > stage_bytes(row_tiles()) ? used : stage_bytes(row_tiles())) + 2 * gate_bytes() +
+           backward_weight_bytes();
   }
 
+  // What weights of a warp's `count` tiles pass through when a block starts, kStageTiles at a time.
+  static constexpr int kStageTiles = 4;
+  constexpr int stage_bytes(int count) const { return warps() * least(count, kStageTiles) * 1024; }
+
+  // Global memory through which a grid's team exchanges.
+  constexpr int64_t forward_exchange_bytes() const { return 2 * static_cast<int64_t>(state_bytes()); }
+  constexpr int64_t backward_exchange_bytes() const { return 2 * static_cast<int64_t>(blocks) * part_bytes(); }
+
   static constexpr int kBarrierBytes = 128;
-  static constexpr int kSharedLimit = 227 * 1024;  // of a block on every device with clusters
+  static constexpr int kSharedLimit = 227 * 1024;  // of a block on the largest device
   // Whether a block's shared memory holds what forward and backward need.
   constexpr bool fits(int shared_limit = kSharedLimit) const {
     return forward_shared_bytes() <= shared_limit && backward_shared_bytes() <= shared_limit;
   }
 };
 
-// How a batch is shared out among the clusters a device holds at once for one direction: evenly, with as few sequences
-// a cluster as that allows (their exchange is what a step waits for), in as few rounds as the widest kernel needs.
-struct ClusterBatch {
-  int tiles, columns;
-  int64_t clusters;
+// Workspace of a grid kernel: counters of each round, then what its teams exchange through.
+struct GridWorkspace {
+  int64_t counters;  // of a round
+  int64_t counter_bytes;
+  constexpr GridWorkspace(int64_t teams, int64_t tiles, int64_t rounds)
+      : counters(teams * tiles), counter_bytes((rounds * counters * 4 + 255) / 256 * 256) {}
 };
-constexpr ClusterBatch cluster_batch(ClusterShape shape, int64_t batch, int64_t resident) {
+
+// How a batch is shared out among the teams a device holds at once for one direction: evenly, with as few sequences a
+// team as that allows (their exchange is what a step waits for), in as few rounds as the widest kernel needs.
+struct TeamBatch {
+  int tiles, columns;  // columns of a tile
+  int64_t teams;
+};
+constexpr TeamBatch team_batch(TeamShape shape, int64_t batch, int64_t resident,
+                               int shared_limit = TeamShape::kSharedLimit) {
   shape.tiles = kMaxColumnTiles;
-  const int64_t widest = shape.fits() ? 8 * kMaxColumnTiles : 8;
+  const int64_t widest = shape.fits(shared_limit) ? 8 * kMaxColumnTiles : 8;
   const int64_t rounds = (batch + resident * widest - 1) / (resident * widest);
-  const int64_t columns = rounds ? (batch + resident * rounds - 1) / (resident * rounds) : 1;
-  return {columns > 8 ? kMaxColumnTiles : 1, static_cast<int>(columns), (batch + columns - 1) / columns};
+  const int64_t each = rounds ? (batch + resident * rounds - 1) / (resident * rounds) : 1;
+  const int64_t tiles = (each + 7) / 8, columns = (each + tiles - 1) / tiles;
+  return {static_cast<int>(tiles), static_cast<int>(columns), (batch + tiles * columns - 1) / (tiles * columns)};
 }
 
 }  // namespace seqattn::gpu

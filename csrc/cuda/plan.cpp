@@ -60,12 +60,16 @@ DType dtype_number(const std::string& name) {
 Plan plan_recurrence(const PlanRequest& request, const Device& device) {
   check(request, device);
   Plan stepwise;
-  if (request.projected || request.dtype == DType::kFloat64 || request.batch == 0) {
-    stepwise.why_not = request.batch == 0  ? "there is nothing to do"
-                       : request.projected ? "the persistent kernels take no projection"
-                                           : "the persistent kernels take no float64";
-    return stepwise;
+  if (request.batch == 0) {
+    stepwise.why_not = "there is nothing to do";
+  } else if (request.projected) {
+    stepwise.why_not = "the persistent kernels take no projection";
+  } else if (request.dtype == DType::kFloat64) {
+    stepwise.why_not = "the persistent kernels take no float64";
+  } else if (request.dtype == DType::kFloat32 && !request.allow_tf32) {
+    stepwise.why_not = "the persistent kernels round products of float32 to tf32, which isn't allowed";
   }
+  if (!stepwise.why_not.empty()) return stepwise;
   Plan cluster = plan_cluster(request, device);
   if (cluster.kernel != Kernel::kStepwise) return cluster;
   Plan cooperative = plan_cooperative(request, device);

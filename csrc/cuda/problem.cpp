@@ -1,10 +1,6 @@
 #include "problem.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "stepwise.h"
-
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace seqattn::gpu {
 namespace {
@@ -61,7 +57,7 @@ Problem::Problem(int64_t cell_number, const Tensor& input, const OptionalTensor&
   if (layout < kTimeMajor || layout > kPackedRows) fail("layout: expected 0, 1 or 2, got ", layout);
   const int64_t rank = layout == kPackedRows ? 2 : 3;
   if (input.dim() != rank) fail("input: expected ", rank, " dimensions, got shape ", shape_of(input));
-  if (!input.is_cuda()) fail("input: expected a CUDA tensor, got one on ", device_text(input));
+  if (!on_device(input)) fail("input: expected a CUDA tensor, got one on ", device_text(input));
   if (!input.is_contiguous()) fail("input: expected a contiguous tensor");
   read_weights();
   read_rows(sizes);
@@ -166,7 +162,7 @@ void Problem::check(const char* name, const Tensor& t, const std::vector<int64_t
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
   if (!same) fail(name, ": expected shape ", text(shape), ", got ", shape_of(t));
   if (t.scalar_type() != type) fail(name, ": expected the dtype of the input, got another one");
-  if (!t.is_cuda() || t.get_device_index() != input.get_device_index()) {
+  if (!on_device(t) || t.get_device_index() != input.get_device_index()) {
     fail(name, ": expected device ", device_text(input), " (from input), got ", device_text(t));
   }
   if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor");
@@ -178,11 +174,7 @@ void* Problem::checked(const char* name, const OptionalTensor& t, const std::vec
   return const_cast<void*>(t->const_data_ptr());
 }
 
-void* Problem::stream() const {
-  void* stream = nullptr;
-  gpu::check(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
-  return stream;
-}
+void* Problem::stream() const { return current_stream(input.get_device_index()); }
 
 Tensor Problem::allocate(const std::vector<int64_t>& shape, ScalarType scalar_type, int64_t bytes_each) const {
   try {

@@ -1,7 +1,6 @@
 // What forward and backward of the CUDA operators share: checked arguments, rows, memory.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

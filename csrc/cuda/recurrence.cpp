@@ -1,13 +1,13 @@
 // The recurrence and cell operators on CUDA: checks, memory, products, and the kernels between them.
 #include <algorithm>
+#include <vector>
 
+#include "factors.h"
 #include "problem.h"
 #include "stepwise.h"
 
 namespace seqattn::gpu {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 // Consecutive slots that are consecutive gates in torch's order too.
 struct Run {
@@ -146,15 +146,15 @@ Results forward(Problem& p, const OptionalTensor& h0, const OptionalTensor& c0, 
   a.cells = reserve.cells;
   a.h_prev = reserve.h_prev;
 
-  const Products products = p.products();
   Tensor x_gates = p.make({D, rows, GH});
   if (rows) {
+    const int64_t I = p.sizes.input;
     Tensor x = internal_input(p, false);
-    const Tensor x_view = products.view({const_cast<void*>(x.const_data_ptr()), rows, p.sizes.input, p.sizes.input});
+    SplitFactors split_factors(p);
     for (int d = 0; d < D; ++d) {
       void* to = offset(x_gates.mutable_data_ptr(), d * rows * GH * p.item);
-      const Tensor w = products.view(transpose({p.weight_data(d, 0), GH, p.sizes.input, p.sizes.input}));
-      products.multiply(products.view({to, rows, GH, GH}), x_view, w);
+      product(p, split_factors, {to, rows, GH, GH}, {{const_cast<void*>(x.const_data_ptr()), rows, I, I}},
+              {transpose({p.weight_data(d, 0), GH, I, I})});
     }
   }
   Tensor bias = p.has_bias ? combined_bias(p) : p.make_sum(none);
@@ -217,41 +217,32 @@ void backward_stepwise(Problem& p, const Backward& args, void* d_projected_rows)
 
 // d_gates [directions][rows][slots * hidden] -> gradients of the input.
 Tensor input_gradient(const Problem& p, void* d_gates) {
-  const Products products = p.products();
   const int64_t rows = p.rows.rows, I = p.sizes.input, H = p.sizes.hidden, SH = p.cell.slots * H;
   const bool moved = p.reordered();
   Tensor d_input = p.make(p.rows_shape(I));
   Tensor d_rows = moved ? p.make({rows, I}) : d_input;
-  const Tensor to = products.view({d_rows.mutable_data_ptr(), rows, I, I});
-  bool first = true;
+  std::vector<Matrix> gates, weights;
   for (int d = 0; d < p.directions; ++d) {
     for (const Run& run : runs(0, p.cell.gates, kXGate[p.number])) {
-      const Tensor gates =
-          products.view({offset(d_gates, (d * rows * SH + run.slot * H) * p.item), rows, run.count * H, SH});
-      const Tensor w = products.view({offset(p.weight_data(d, 0), run.gate * H * I * p.item), run.count * H, I, I});
-      if (first) {
-        products.multiply(to, gates, w);
-      } else {
-        products.accumulate(to, gates, w);
-      }
-      first = false;
+      gates.push_back({offset(d_gates, (d * rows * SH + run.slot * H) * p.item), rows, run.count * H, SH});
+      weights.push_back({offset(p.weight_data(d, 0), run.gate * H * I * p.item), run.count * H, I, I});
     }
   }
+  SplitFactors split_factors(p);
+  product(p, split_factors, {d_rows.mutable_data_ptr(), rows, I, I}, gates, weights);
   if (moved) scatter_rows(p.dtype, p.rows, d_rows.const_data_ptr(), d_input.mutable_data_ptr(), I, p.stream());
   return d_input;
 }
 
 // Gradient of a weight [G * hidden, width] from the gradients of `first_slot` and the slots after, and the rows it met.
-void weight_gradient(const Problem& p, int d, void* d_gates, int first_slot, int (*gate)(int), const void* met,
-                     int64_t width, const Tensor& to) {
-  const Products products = p.products();
+void weight_gradient(const Problem& p, SplitFactors& split_factors, int d, void* d_gates, int first_slot,
+                     int (*gate)(int), const void* met, int64_t width, const Tensor& to) {
   const int64_t rows = p.rows.rows, H = p.sizes.hidden, SH = p.cell.slots * H;
-  const Tensor met_view = products.view({const_cast<void*>(met), rows, width, width});
   for (const Run& run : runs(first_slot, p.cell.gates, gate)) {
     const Matrix gates{offset(d_gates, (d * rows * SH + run.slot * H) * p.item), rows, run.count * H, SH};
-    const Tensor part =
-        products.view({offset(to.mutable_data_ptr(), run.gate * H * width * p.item), run.count * H, width, width});
-    products.multiply(part, products.view(transpose(gates)), met_view);
+    void* part = offset(to.mutable_data_ptr(), run.gate * H * width * p.item);
+    product(p, split_factors, {part, run.count * H, width, width}, {transpose(gates)},
+            {{const_cast<void*>(met), rows, width, width}});
   }
 }
 
@@ -263,13 +254,13 @@ std::vector<Tensor> weight_gradients(const Problem& p, void* d_gates, const Rese
     found.push_back(rows ? p.make(shape_vector(w)) : torch::stable::new_zeros(w, w.sizes()));
   }
   if (!rows) return found;
-  const Products products = p.products();
   const Tensor x = internal_input(p, true);
   Tensor partial = p.make_sum({p.has_bias ? column_chunks(rows) * SH : 0}), sums = p.make_sum({SH});
   for (int d = 0; d < p.directions; ++d) {
+    SplitFactors split_factors(p);
     Tensor* to = &found[d * p.stride()];
-    weight_gradient(p, d, d_gates, 0, kXGate[p.number], x.const_data_ptr(), p.sizes.input, to[0]);
-    weight_gradient(p, d, d_gates, p.cell.slots - p.cell.gates, kHGate[p.number],
+    weight_gradient(p, split_factors, d, d_gates, 0, kXGate[p.number], x.const_data_ptr(), p.sizes.input, to[0]);
+    weight_gradient(p, split_factors, d, d_gates, p.cell.slots - p.cell.gates, kHGate[p.number],
                     offset(reserve.h_prev, d * rows * N * p.item), N, to[1]);
     if (p.has_bias) {
       column_sums(p.dtype, offset(d_gates, d * rows * SH * p.item), rows, SH, partial.mutable_data_ptr(),
@@ -278,10 +269,9 @@ std::vector<Tensor> weight_gradients(const Problem& p, void* d_gates, const Rese
                  p.stream());
     }
     if (p.sizes.projected) {
-      const Tensor& d_w_hr = to[p.stride() - 1];
       const Matrix projected{offset(d_projected_rows.mutable_data_ptr(), d * rows * N * p.item), rows, N, N};
-      products.multiply(products.view({d_w_hr.mutable_data_ptr(), N, H, H}), products.view(transpose(projected)),
-                        products.view({offset(reserve.unprojected, d * rows * H * p.item), rows, H, H}));
+      product(p, split_factors, {to[p.stride() - 1].mutable_data_ptr(), N, H, H}, {transpose(projected)},
+              {{offset(reserve.unprojected, d * rows * H * p.item), rows, H, H}});
     }
   }
   return found;
@@ -298,7 +288,7 @@ Gradients backward(Problem& p, const OptionalTensor& h0, const OptionalTensor& c
   const int64_t D = p.directions, B = p.rows.batch, H = p.sizes.hidden, N = p.sizes.output;
   const int64_t rows = p.rows.rows;
   if (reserve_bytes.scalar_type() != ScalarType::Byte || reserve_bytes.numel() != p.reserve_bytes() ||
-      !reserve_bytes.is_cuda() || reserve_bytes.get_device_index() != p.input.get_device_index()) {
+      !on_device(reserve_bytes) || reserve_bytes.get_device_index() != p.input.get_device_index()) {
     fail("reserve: expected the ", p.reserve_bytes(), " bytes that forward returned");
   }
   const Reserve reserve = p.reserve(const_cast<void*>(reserve_bytes.const_data_ptr()));
@@ -411,7 +401,7 @@ std::vector<Tensor> cell_bwd_cuda(int64_t cell, Tensor input, OptionalTensor h, 
   return results;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqattn, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SEQATTN_LIBRARY, SEQATTN_DISPATCH_KEY, m) {
   m.impl("recurrence_fwd", TORCH_BOX(&recurrence_fwd_cuda));
   m.impl("recurrence_bwd", TORCH_BOX(&recurrence_bwd_cuda));
   m.impl("cell_fwd", TORCH_BOX(&cell_fwd_cuda));

@@ -102,6 +102,33 @@ total_sums_kernel(const R* partial, int64_t chunks, int64_t columns, R* sums) {
   sums[j] = sum;
 }
 
+// A float as two bfloat16, of which the first holds its upper bits: together 16 bits of precision. Finite wherever x
+// is. An infinite x meets zeros in the other factor's second half, so products of infinities are NaN.
+struct Halves {
+  bfloat16 high, low;
+};
+SEQATTN_DEVICE Halves halves(float x) {
+  const float high = x - x == 0 ? bits_float(float_bits(x) & 0xffff0000u) : x;
+  return {from_float<bfloat16>(high), from_float<bfloat16>(x - x == 0 ? x - high : 0.f)};
+}
+
+// Three copies of a matrix, high, high, low (second_low: high, low, high), beside each other or below each other; each
+// is the part from `begin` on of a factor with `depth` columns (rows).
+template <class T>
+SEQATTN_KERNEL(kStepThreads)
+split_kernel(const T* from, int64_t rows, int64_t columns, int64_t ld, bfloat16* to, int64_t depth, int64_t begin,
+             bool stacked, bool second_low) {
+  const int64_t i = global_thread(), r = i / columns, c = i % columns;
+  if (r >= rows) return;
+  const Halves x = halves(from[r * ld + c]);
+  SEQATTN_UNROLL
+  for (int part = 0; part < 3; ++part) {
+    const int64_t place = part * depth + begin;
+    const int64_t index = stacked ? (place + r) * columns + c : r * 3 * depth + place + c;
+    to[index] = part == (second_low ? 1 : 2) ? x.low : x.high;
+  }
+}
+
 template <int N>
 struct Values {
   int64_t value[N];

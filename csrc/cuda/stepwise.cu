@@ -14,6 +14,16 @@ Launch over(int64_t threads, int directions = 1) {
   return {.grid = int(blocks), .grid_z = directions, .block = kStepThreads};
 }
 
+template <class T>
+const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+template <class T>
+T* as(void* p) {
+  return static_cast<T*>(p);
+}
+
 Stream on(void* stream) { return static_cast<Stream>(stream); }
 
 // Calls f with a value of the element type.
@@ -61,8 +71,8 @@ void combine_bias(int cell, DType dtype, int64_t hidden, int directions, const v
   const int last = directions - 1;
   with_cell_and_type(cell, dtype, [&](auto c, auto t) {
     using T = decltype(t);
-    launch(combine_bias_kernel<decltype(c), T>, over(hidden, directions), on(stream), at<T>(b_ih[0], 0),
-           at<T>(b_hh[0], 0), at<T>(b_ih[last], 0), at<T>(b_hh[last], 0), at<Sum<T>>(bias, 0), hidden);
+    launch(combine_bias_kernel<decltype(c), T>, over(hidden, directions), on(stream), as<T>(b_ih[0]), as<T>(b_hh[0]),
+           as<T>(b_ih[last]), as<T>(b_hh[last]), as<Sum<T>>(bias), hidden);
   });
 }
 
@@ -71,7 +81,7 @@ void convert(DType from_type, const void* from, DType to_type, void* to, int64_t
     with_type(to_type, [&](auto t) {
       using From = decltype(f);
       using To = decltype(t);
-      launch(convert_kernel<From, To>, over(count), on(stream), at<From>(from, 0), at<To>(to, 0), count);
+      launch(convert_kernel<From, To>, over(count), on(stream), as<From>(from), as<To>(to), count);
     });
   });
 }
@@ -117,16 +127,16 @@ void finish_backward(const BackwardStep& step, void* stream) {
 void gather_rows(DType dtype, const Rows& rows, const void* from, void* to, int64_t width, void* stream) {
   with_type(dtype, [&](auto e) {
     using T = decltype(e);
-    launch(move_rows_kernel<T, false>, over(rows.steps * rows.batch * width), on(stream), rows, at<T>(from, 0),
-           at<T>(to, 0), width);
+    launch(move_rows_kernel<T, false>, over(rows.steps * rows.batch * width), on(stream), rows, as<T>(from), as<T>(to),
+           width);
   });
 }
 
 void scatter_rows(DType dtype, const Rows& rows, const void* from, void* to, int64_t width, void* stream) {
   with_type(dtype, [&](auto e) {
     using T = decltype(e);
-    launch(move_rows_kernel<T, true>, over(rows.steps * rows.batch * width), on(stream), rows, at<T>(from, 0),
-           at<T>(to, 0), width);
+    launch(move_rows_kernel<T, true>, over(rows.steps * rows.batch * width), on(stream), rows, as<T>(from), as<T>(to),
+           width);
   });
 }
 
@@ -140,19 +150,24 @@ void column_sums(DType dtype, const void* from, int64_t rows, int64_t columns, v
     const Launch blocks{.grid = int((columns + kSumColumns - 1) / kSumColumns),
                         .grid_y = int(chunks),
                         .block = kSumColumns * kSumLanes};
-    launch(partial_sums_kernel<T>, blocks, on(stream), at<T>(from, 0), rows, columns, chunk_rows,
-           at<Sum<T>>(partial, 0));
-    launch(total_sums_kernel<Sum<T>>, over(columns), on(stream), at<Sum<T>>(partial, 0), chunks, columns,
-           at<Sum<T>>(sums, 0));
+    launch(partial_sums_kernel<T>, blocks, on(stream), as<T>(from), rows, columns, chunk_rows, as<Sum<T>>(partial));
+    launch(total_sums_kernel<Sum<T>>, over(columns), on(stream), as<Sum<T>>(partial), chunks, columns,
+           as<Sum<T>>(sums));
   });
 }
 
 void split_bias(int cell, DType dtype, int64_t hidden, const void* sums, void* d_b_ih, void* d_b_hh, void* stream) {
   with_cell_and_type(cell, dtype, [&](auto c, auto e) {
     using T = decltype(e);
-    launch(split_bias_kernel<decltype(c), T>, over(hidden), on(stream), at<Sum<T>>(sums, 0), at<T>(d_b_ih, 0),
-           at<T>(d_b_hh, 0), hidden);
+    launch(split_bias_kernel<decltype(c), T>, over(hidden), on(stream), as<Sum<T>>(sums), as<T>(d_b_ih), as<T>(d_b_hh),
+           hidden);
   });
+}
+
+void split(const void* from, int64_t rows, int64_t columns, int64_t ld, void* to, int64_t depth, int64_t begin,
+           bool stacked, bool second_low, void* stream) {
+  launch(split_kernel<float>, over(rows * columns), on(stream), as<float>(from), rows, columns, ld, as<bfloat16>(to),
+         depth, begin, stacked, second_low);
 }
 
 void write_values(const int64_t* values, int64_t count, int64_t* to, void* stream) {

@@ -58,6 +58,11 @@ void column_sums(DType dtype, const void* from, int64_t rows, int64_t columns, v
 // d_b_ih and d_b_hh, T [G * hidden], from the sums R [kSlots * hidden].
 void split_bias(int cell, DType dtype, int64_t hidden, const void* sums, void* d_b_ih, void* d_b_hh, void* stream);
 
+// A float32 matrix as three copies in bfloat16, one of them what rounding left (Precise in products.h): `to` has
+// [rows][3 * depth] values, or [3 * depth][columns] where stacked; this matrix fills depth from `begin` on.
+void split(const void* from, int64_t rows, int64_t columns, int64_t ld, void* to, int64_t depth, int64_t begin,
+           bool stacked, bool second_low, void* stream);
+
 void clear(void* to, int64_t bytes, void* stream);
 
 // Writes values[0..count) from the host to the device without reading the host's memory later: safe in a capture.

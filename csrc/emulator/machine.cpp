@@ -98,7 +98,7 @@ void Machine::run(const Shape& s, std::function<void()> kernel) {
   for (auto& [data, buffer] : Buffer::all()) buffer->forget();
   const int blocks = s.grid * s.grid_y * s.grid_z;
   shared_end_ = kDynamicBegin + s.shared_bytes + kGap;
-  next_engine_ = static_cast<Id>(blocks) * s.block;
+  next_engine_ = Shadow::first_engine = static_cast<Id>(blocks) * s.block;
   try {
     const SignalScope signals;
     if (s.cooperative) {

@@ -135,6 +135,9 @@ class Machine {
   // Runs `kernel` once in each thread. Throws Fault; the machine can be used again after it.
   void run(const Shape& shape, std::function<void()> kernel);
 
+  // Which of the emulated devices kernels are started for (platform/launch.h).
+  int device = 0;
+
   // 0 runs threads in their order; another number draws the order from a generator seeded with it.
   void set_seed(uint32_t seed) { seed_ = seed; }
 

@@ -128,7 +128,7 @@ void Machine::global(const void* address, size_t bytes, size_t align, bool write
 Access Machine::copier_access(const void* pc) {
   Thread& t = self();
   if (t.copier == 0) t.copier = new_engine("cp_async of " + name_of(t.id));
-  return {t.copier, t.group, pc, true};
+  return {t.copier, t.group, pc};
 }
 
 // The thread has heard of its groups but for the last `groups`.

@@ -33,7 +33,7 @@ PhaseBarrier& counted(const Spot& to, const Spot& barrier, const void* pc, Acces
   if (to.block != barrier.block) m.fail("a copy and the barrier that counts it lie in different blocks");
   m.shared(barrier.block, barrier.offset, 8, 8, false, pc);
   PhaseBarrier& b = m.barrier_at(*barrier.block, barrier.offset);
-  *access = {b.id, b.phase + 1, pc, true};
+  *access = {b.id, b.phase + 1, pc};
   return b;
 }
 }  // namespace
@@ -56,7 +56,8 @@ void bulk_copy(const Spot& to, const Spot& from, size_t bytes, const Spot& barri
   const char* source = m.shared(from.block, from.offset, bytes, 16, false, pc, &access);
   for (size_t i = 0; i < bytes; i += kGranule) {
     const Access& writer = from.block->shadow->writer(from.offset + i);
-    if (!writer.engine && from.block->threads[writer.id - from.block->first_thread].fenced < writer.time) {
+    if (writer.id < Shadow::first_engine &&
+        from.block->threads[writer.id - from.block->first_thread].fenced < writer.time) {
       m.fail("bulk copy at " + line_of(pc) + ": what " + m.name_of(writer.id) + " wrote at " + line_of(writer.pc) +
              " may not be visible to it: fence_async is missing");
     }

@@ -2,6 +2,8 @@
 // launcher calls. Tensors are buffers of emulated global memory, given by address.
 #include <pybind11/pybind11.h>
 
+#include <iterator>
+
 #include "bindings.h"
 #include "machine.h"
 #include "memory.h"
@@ -50,6 +52,10 @@ void planted(uintptr_t in, uintptr_t out, uintptr_t counter, int number) {
 PYBIND11_MODULE(_emulator, m) {
   py::register_exception<seqattn::emulator::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", [](uint32_t seed) { Machine::get().set_seed(seed); });
+  m.def("set_device", [](int device) {
+    if (device < 0 || device >= static_cast<int>(std::size(kResidentClusters))) throw py::index_error("no such device");
+    Machine::get().device = device;
+  });
 
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
       .def(py::init<std::string, size_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("at_end") = true)

@@ -70,7 +70,7 @@ void Shadow::add_reader(Cell& cell, const Access& access, const Witness& witness
 }
 
 void Shadow::add_to_many(std::vector<Readers>& readers, const Access& access) {
-  const Id first = access.engine ? access.id : access.id / 32 * 32;
+  const Id first = access.id >= first_engine ? access.id : access.id / 32 * 32;
   const uint32_t lane = 1u << (access.id - first);
   for (Readers& r : readers) {
     if (r.first_lane != first || r.time > access.time) continue;

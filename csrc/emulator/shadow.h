@@ -13,13 +13,23 @@ namespace seqattn::emulator {
 inline constexpr size_t kGranule = 2;
 inline constexpr Id kUnallocated = ~Id{0}, kUninitialised = kUnallocated - 1, kBefore = kUnallocated - 2;
 
+// An address in the code in four bytes, as its distance from another.
+class Pc {
+ public:
+  Pc(const void* pc = nullptr) : from_anchor_(pc ? static_cast<int32_t>(static_cast<const char*>(pc) - &kAnchor) : 0) {}
+  operator const void*() const { return from_anchor_ ? &kAnchor + from_anchor_ : nullptr; }
+
+ private:
+  static inline const char kAnchor = 0;
+  int32_t from_anchor_;
+};
+
 // Who makes an access: its number (of a thread, or of an engine that copies behind a thread's back) and time, and where
 // in the code.
 struct Access {
   Id id;
   Time time;
-  const void* pc;
-  bool engine = false;
+  Pc pc;
 };
 
 // The one whose knowledge decides whether earlier accesses are ordered before the new one.
@@ -33,6 +43,9 @@ enum class Problem { none, unallocated, uninitialised, read_of_write, write_of_r
 
 class Shadow {
  public:
+  // Numbers from here on are engines'; smaller ones are threads', 32 to a warp.
+  static inline Id first_engine = 0;
+
   Shadow(size_t bytes, Id writer) { grow(bytes, writer); }
 
   size_t bytes() const { return cells_.size() * kGranule; }
@@ -52,7 +65,7 @@ class Shadow {
     Id first_lane;
     uint32_t lanes;
     Time time;
-    const void* pc;
+    Pc pc;
   };
   struct Cell {
     Access writer;

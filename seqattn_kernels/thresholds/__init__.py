@@ -31,9 +31,14 @@ def rules(gpu: str) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(path.read_text())["rules"])
 
 
-@functools.cache
-def _rules_of_device(index: int) -> tuple[dict[str, Any], ...]:
-    return rules(torch.cuda.get_device_name(index))
+_known: dict[int, tuple[dict[str, Any], ...]] = {}  # by the device's index
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not trace the reading of a file
+def _load(index: int) -> bool:
+    if index not in _known:
+        _known[index] = rules(torch.cuda.get_device_name(index))
+    return True
 
 
 def _within(value: int, bounds: Any) -> bool:
@@ -59,4 +64,4 @@ def faster_than_torch(request: Any) -> bool:
     if request.device.type != "cuda":
         return False
     index = request.device.index if request.device.index is not None else torch.cuda.current_device()
-    return any(fits(rule, request) for rule in _rules_of_device(index))
+    return _load(index) and any(fits(rule, request) for rule in _known[index])

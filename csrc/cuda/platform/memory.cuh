@@ -1,6 +1,8 @@
 // Shared memory, a peer's shared memory, asynchronous copies and hinted accesses of global memory, for nvcc.
 #pragma once
 
+#include <type_traits>
+
 #include "sync.cuh"
 #include "types.cuh"
 
@@ -203,7 +205,11 @@ SEQATTN_DEVICE T load_coherent(const T* p) {
 }
 template <class T>
 SEQATTN_DEVICE void store_coherent(T* p, T x) {
-  __stcg(p, x);
+  if constexpr (std::is_class_v<T> && sizeof(T) == 16) {
+    __stcg(reinterpret_cast<uint4*>(p), reinterpret_cast<uint4&>(x));
+  } else {
+    __stcg(p, x);
+  }
 }
 SEQATTN_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

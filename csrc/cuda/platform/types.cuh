@@ -114,6 +114,13 @@ SEQATTN_DEVICE int cluster_size() {
 #endif
 }
 
+// x, but the compiler no longer knows where it comes from: it stays in a register, where it would be computed again at
+// each use.
+SEQATTN_DEVICE int keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ex2.approx and rcp.approx: relative error about 2^-22; tanh.approx: about 2^-11.
 SEQATTN_DEVICE float exp2_approx(float x) {
   float y;

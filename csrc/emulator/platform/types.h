@@ -74,4 +74,6 @@ SEQATTN_DEVICE float reciprocal_approx(float x) { return 1 / x; }
 // Rounded to the 11 bits that tanh.approx promises.
 SEQATTN_DEVICE float tanh_approx(float x) { return bits_float(float_bits(std::tanh(x)) & 0xFFFFF000u); }
 
+inline int keep(int x) { return x; }
+
 }  // namespace seqattn::gpu

@@ -1,3 +1,0 @@
-#include "cluster_launch.cuh"
-
-template struct seqattn::gpu::ClusterKernels<seqattn::RnnRelu, float>;
