@@ -291,7 +291,13 @@ def build(case: Case, seed: int = 0) -> Problem:
     """The problem of a case, its numbers drawn from ``seed``."""
     from benchmarks.attention import AttentionProblem
     from benchmarks.cell_states import CellStatesProblem
+    from benchmarks.decoder import DecoderProblem
+    from benchmarks.models import ModelProblem
 
+    if case.suite == "decoder":
+        return DecoderProblem(case, seed)
+    if case.suite == "models":
+        return ModelProblem(case, seed)
     if case.suite == "cell_states":
         return CellStatesProblem(case, seed)
     if case.operator.endswith("_attention"):

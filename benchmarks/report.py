@@ -31,6 +31,8 @@ OPERATORS = {
     "general_attention": "general attention",
     "concat_attention": "concat attention",
     "feature_attention": "feature attention",
+    "gru_decoder": "GRU decoder with additive attention",
+    "lstm_decoder": "LSTM decoder with additive attention",
 }
 MODES = {
     "forward": "inference",
@@ -87,6 +89,24 @@ def engine_table(document: Document) -> str:
 
 
 GPU = "gpu_"  # what places for results of a GPU begin with
+
+
+def model_table(document: Document) -> str:
+    """Markdown: one row for each whole model; times faster than stock for inference and training."""
+    columns = ["inference", "inference, frozen weights", "training"]
+    rows: dict[str, dict[str, str]] = {}
+    for case in document.cases:
+        if case.threads != THREADS:
+            continue
+        for contestant in case.contestants:
+            column = f"{MODES[case.mode]}{VARIANTS.get(contestant.name, '')}"
+            if contestant.name in VARIANTS and column in columns:
+                figure = "failed" if contestant.ratio is None else _times(contestant.ratio)
+                rows.setdefault(f"{case.operator} {_shape(case)}", {})[column] = figure
+    names = next((tuple(case.shape) for case in document.cases), ())
+    return _markdown([f"times stock torch; {','.join(names)}", *columns], rows)
+
+
 TABLES: Mapping[str, Callable[[Document], str]] = {
     "recurrent": ratio_table,
     "lengths": ratio_table,
@@ -94,6 +114,8 @@ TABLES: Mapping[str, Callable[[Document], str]] = {
     "bf16": ratio_table,
     "attention": ratio_table,
     "peers": engine_table,
+    "decoder": ratio_table,
+    "models": model_table,
     **{f"{GPU}{suite}": gpu_report.ratios for suite in gpu_report.TITLES},
 }
 

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.cases import FMA_LIMIT, STOCK, STOCK_AGAIN, Bar, Case
 from benchmarks.environment import fma_limit
 from benchmarks.measure import Race, Ratio, race
-from benchmarks.peers import Entry, Peer, registry
+from benchmarks.peers import Entry, Peer, Unsuitable, registry
 from benchmarks.problems import Named, Problem, build
 from benchmarks.results import BarResult, CaseResult, Contestant
 from tests.compare import difference
@@ -129,6 +129,9 @@ def qualify(
         try:
             entry = peer.prepare(problem, stack)
             failure = check(entry, problem)
+        except Unsuitable as reason:
+            absent[name] = str(reason)
+            continue
         except Exception as error:  # one that breaks is reported by name; the others are still measured
             failed[name] = f"{type(error).__name__}: {error}".removesuffix(": ")
             continue

@@ -36,6 +36,17 @@ def work(case: Case) -> Work:
         if trained:
             return Work(2.0 * moved * element, 3 * products, 2.0 * elements)
         return Work(float(moved * element), products, float(elements))
+    if case.operator.endswith("_decoder"):
+        batch, steps, source, hidden = (shape[key] for key in "BTSH")
+        # input, output, keys, values, weights of the attention; those of cell and query, which stay on the chip
+        gates, rows = GATES[case.operator.removesuffix("_decoder")], batch * steps
+        parameters = hidden * hidden * (3 * gates + 1)
+        moved = 2 * rows * hidden + 2 * batch * source * hidden + rows * source + parameters
+        products = 2.0 * rows * (parameters + source * hidden)
+        elements = rows * source * hidden
+        if trained:
+            return Work(2.0 * moved * element, 3 * products, 2.0 * elements)
+        return Work(float(moved * element), products, float(elements))
     gates, rows = GATES[case.kind], case.active_steps
     weights = gates * shape["H"] * (shape["I"] + shape["H"])
     states = 2 if case.suite == "cell_states" else 1

@@ -13,11 +13,13 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import CUDA_SUITES, STOCK, Case, Mode
-from benchmarks.gpu import bench, ceilings, parts, report, runner, timing
+from benchmarks.gpu import bench, ceilings, parts, report, runner, thresholds, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.peers import registry
 from benchmarks.problems import build
 from benchmarks.runner import Profile, qualify
+from seqattn_kernels import backends
+from seqattn_kernels.thresholds import fits
 
 QUICK = Profile("test", 0.01, 3)
 LIMITS = {
@@ -72,7 +74,8 @@ def one_of_each() -> list[Case]:
 
 @pytest.mark.parametrize("case", one_of_each(), ids=lambda case: f"{case.name}/{case.precision}")
 def test_contestants_of_a_gpu_agree_with_float64(case):
-    names = tuple(n for n in case.contestants if not n.endswith("graph") and n != "torch_compile")
+    elsewhere = ("torch_compile", "ours_cuda", "haste", "flashrnn")
+    names = tuple(n for n in case.contestants if not n.endswith("graph") and n not in elsewhere)
     case = dataclasses.replace(case, contestants=names)
     from contextlib import ExitStack
 
@@ -96,7 +99,7 @@ def test_a_case_is_measured_both_ways(no_gpu):
     assert ours.peak_mib == 2
     assert ours.floor_share == pytest.approx(max(found.floors.values()) / ours.device_milliseconds)
     assert found.noise >= 0
-    assert [bar.contestant for bar in found.bars] == ["ours"]
+    assert [bar.contestant for bar in found.bars] == ["ours", "ours_graph"]
     assert found.precision == "bfloat16"
     assert "torch_eager" in bench.line(found)
 
@@ -106,6 +109,30 @@ def test_a_contestant_whose_host_is_slow_is_timed_as_called_alone(no_gpu):
     assert set(races.called.timings) == {"slow", "fast"}
     assert set(races.device.timings) == {"fast"}
     assert races.called.timings["slow"].median >= 0.01
+
+
+def test_halves_of_a_pair_are_looked_at_alike(no_gpu, monkeypatch):
+    hosts = iter([(0.001, 0.001), (0.2, 0.2), (0.001, 0.001)])
+    monkeypatch.setattr(timing, "warm_up", lambda call: next(hosts))
+    call = lambda: None  # noqa: E731
+    races = timing.race({"a": call, "a again": call, "b": lambda: None}, seconds=0.0, least_rounds=2)
+    assert set(races.device.timings) == {"b"}
+
+
+def test_a_contestant_without_enough_memory_leaves_the_others(no_gpu, monkeypatch):
+    def peak(call, clear):
+        if not any(stock is call for stock in calls):
+            calls.append(call)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    calls: list = []
+    monkeypatch.setattr(runner, "peak_mib", peak)
+    found = runner.run_case(small(CUDA_SUITES["recurrent"][0]), LIMITS, QUICK)
+    assert found.contestant(STOCK).milliseconds > 0
+    assert found.contestant("ours").milliseconds is None
+    assert found.contestant("ours").failure == "OutOfMemoryError: CUDA out of memory"
 
 
 def test_names_of_gpu_cases_are_unique_and_contestants_exist():
@@ -230,6 +257,19 @@ def test_time_that_a_part_leaves_over_goes_to_the_next(monkeypatch, settings):
     assert given["c"] == 4.0
 
 
+def test_a_short_part_gets_what_it_needs(monkeypatch, settings):
+    given = {}
+
+    def run(settings, limit, log):
+        given[str(log.stem)] = limit
+        return parts.Outcome("a", True, 0.0, "ok")
+
+    monkeypatch.setattr(parts, "PARTS", {"a": parts.Part(run, 1.0, 100.0, 8.0), "b": parts.Part(run, 9.0, 100.0)})
+    parts.run_parts(["a", "b"], settings)
+    assert given["a"] == 8.0
+    assert given["b"] == pytest.approx(10, abs=0.1)
+
+
 def test_no_part_is_begun_without_time(monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "PARTS", {"works": make("works", "")})
     (outcome,) = parts.run_parts(["works"], parts.Settings(1.0, tmp_path))
@@ -340,9 +380,42 @@ def test_the_page_of_a_gpu_names_what_was_lost(tmp_path):
     assert f"bar missed: ours_context in {first.name}" in text
     assert f"past its tolerance or failed: ours in {second.name}" in text
     assert "bf16_tflops 800" in text
+    assert "<h2>Every figure</h2>" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "dot.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "recurrent.png").exists()
 
 
 def test_modes_of_gpu_cases():
     assert {case.mode for case in CUDA_SUITES["cells"]} == {Mode.STEPS, Mode.STEPS_TRAINING}
+
+
+def threshold_case(
+    hidden: int, mine: float, graphed: float, theirs: float, mode: str = "forward"
+) -> results.CaseResult:
+    contestants = [
+        results.Contestant("ours_cuda", milliseconds=1.0, ratio=mine),
+        results.Contestant("ours_cuda_graph", milliseconds=graphed),
+        results.Contestant("torch_graph", milliseconds=theirs),
+    ]
+    shape = {"B": 16, "T": 100, "I": hidden, "H": hidden}
+    return results.CaseResult(f"{hidden}", "recurrent", "", "lstm", mode, "bfloat16", shape, 1, contestants, [])
+
+
+def test_thresholds_end_where_ours_first_loses(tmp_path):
+    cases = [
+        threshold_case(256, 3.0, 1.0, 2.0),
+        threshold_case(512, 2.0, 1.0, 1.5),
+        threshold_case(768, 1.5, 1.0, 0.9),  # slower than cuDNN without its host
+        threshold_case(1024, 2.0, 1.0, 2.0),
+        threshold_case(256, 0.9, 1.0, 2.0, "forward+backward"),
+    ]
+    results.Document({"gpu": "Abacus 200"}, cases).write(tmp_path / "recurrent.json")
+    assert thresholds.main([str(tmp_path), "--out", str(tmp_path / "rules.json")]) == 0
+    (rule,) = json.loads((tmp_path / "rules.json").read_text())["rules"]
+    assert rule["hidden"] == [1, 512]
+    assert rule["training"] == [False]
+    request = backends.Request("lstm", torch.device("cuda"), torch.bfloat16, 1600, 16, 512, False)
+    assert fits(rule, request)
+    assert not fits(rule, dataclasses.replace(request, hidden=768))
+    assert not fits(rule, dataclasses.replace(request, training=True))
+    assert not fits(rule, dataclasses.replace(request, batch=17))

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", type=float, default=530.0, metavar="SECONDS", help="for all parts together (530)")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="in place of benchmarks/results/<gpu>")
     made.add_argument("--cases", default="", metavar="TEXT", help="bench: cases whose name contains TEXT")
+    made.add_argument("--first", type=int, metavar="N", help="bench: of each suite the first N of these")
     made.add_argument("--suites", default="", metavar="A,B", help="bench: these suites")
     made.add_argument("--quick", action="store_true", help="bench: a third of the time for each case")
     made.add_argument("--tests", default="", metavar="ARGS", help="tests: arguments for pytest")
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         made.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    settings = Settings(options.budget, options.out, options.cases, options.suites, options.quick, options.tests)
+    settings = Settings(
+        options.budget, options.out, options.cases, options.suites, options.quick, options.tests, options.first
+    )
     outcomes = run_parts(names, settings)
     print(summary(outcomes, settings))
     return 0 if all(outcome.passed for outcome in outcomes) else 1

@@ -15,7 +15,7 @@ BLOCK, PROGRAMS_PER_SM = 1024, 16
 def _special_kernel(out, rounds, BLOCK: tl.constexpr):
     x = tl.arange(0, BLOCK).to(tl.float32) + 1.5
     for _ in range(rounds):
-        x = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        x = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), x)
 
 
@@ -42,7 +42,7 @@ def _space() -> tuple[int, torch.Tensor]:
 
 
 def special_rate(rounds: int = 4000) -> float:
-    """Special functions (a reciprocal, as fast as exp2 and tanh) a second."""
+    """Special functions (tanh; exp2 and a reciprocal are as fast) a second."""
     programs, out = _space()
     return _rate(lambda: _special_kernel[(programs,)](out, rounds, BLOCK=BLOCK), float(programs * BLOCK * rounds))
 

@@ -31,6 +31,7 @@ class Settings:
     suites: str = ""
     quick: bool = False
     tests: str = ""
+    first: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -57,6 +58,7 @@ class Part:
     run: Callable[[Settings, float, Path], Outcome]
     weight: float  # of its time among that of the parts still to come
     most: float  # seconds
+    least: float = 0.0  # seconds, where there are so many
 
 
 def execute(
@@ -112,6 +114,8 @@ def environment(settings: Settings, seconds: float, log: Path) -> Outcome:
 
 def build(settings: Settings, seconds: float, log: Path) -> Outcome:
     variables = {"SEQATTN_BUILD": os.environ.get("SEQATTN_BUILD", "cuda" if shutil.which("nvcc") else "auto")}
+    # For this GPU alone: the code of all others takes most of the compiler's time.
+    variables["SEQATTN_CUDA_ARCHS"] = os.environ.get("SEQATTN_CUDA_ARCHS") or _architecture()
     command = [*PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
     code, spent, output = execute("build", command, seconds, log, variables)
     note = f"{told(code, spent)} (SEQATTN_BUILD={variables['SEQATTN_BUILD']})"
@@ -122,7 +126,7 @@ def tests(settings: Settings, seconds: float, log: Path) -> Outcome:
     # Left to itself pytest loads every plugin of the machine; of these only xdist is asked for.
     command = [*PYTHON, "-m", "pytest", "-q", "--device", "cuda", "-rfE", "--tb=short", "--maxfail=200"]
     if _has("xdist"):
-        command += ["-p", "xdist", "-n", str(min(6, os.cpu_count() or 1))]
+        command += ["-p", "xdist", "-n", str(min(12, os.cpu_count() or 1))]
     command += shlex.split(settings.tests)
     # Workers share the device and the cores.
     code, spent, output = execute("tests", command, seconds, log, {"OMP_NUM_THREADS": "1"})
@@ -156,6 +160,7 @@ def bench(settings: Settings, seconds: float, log: Path) -> Outcome:
     base = [*PYTHON, "-m", "benchmarks.gpu.bench", "--out", str(settings.folder)]
     base += ["--only", settings.cases] if settings.cases else []
     base += ["--quick"] if settings.quick else []
+    base += ["--first", str(settings.first)] if settings.first is not None else []
     suites = settings.suites.split(",") if settings.suites else []
     while restarts <= RESTARTS:
         left = seconds - (time.monotonic() - begin)
@@ -183,12 +188,12 @@ def report(settings: Settings, seconds: float, log: Path) -> Outcome:
 
 # In the order they run; the weights are about their seconds. What a part leaves over goes to those after it.
 PARTS: dict[str, Part] = {
-    "env": Part(environment, 10, 30.0),
+    "env": Part(environment, 10, 30.0, 15.0),
     "build": Part(build, 80, 150.0),
     "tests": Part(tests, 120, 170.0),
     "sanitize": Part(sanitize, 50, 80.0),
     "bench": Part(bench, 250, 400.0),
-    "report": Part(report, 20, 40.0),
+    "report": Part(report, 20, 40.0, 15.0),
 }
 
 
@@ -200,7 +205,8 @@ def run_parts(names: Sequence[str], settings: Settings) -> list[Outcome]:
     chosen = [name for name in PARTS if name in names]
     for index, name in enumerate(chosen):
         left = end - time.monotonic()
-        seconds = min(PARTS[name].most, left * PARTS[name].weight / sum(PARTS[n].weight for n in chosen[index:]))
+        share = left * PARTS[name].weight / sum(PARTS[n].weight for n in chosen[index:])
+        seconds = min(PARTS[name].most, left, max(share, PARTS[name].least))
         log = settings.folder / f"{name}.log"
         log.unlink(missing_ok=True)
         print(f"{name}: up to {seconds:.0f} s", flush=True)
@@ -222,6 +228,13 @@ def summary(outcomes: Sequence[Outcome], settings: Settings) -> str:
         lines += [f"--- {outcome.name}: {'passed' if outcome.passed else 'FAILED'}, {outcome.note}", *outcome.lines]
     verdict = ", ".join(f"{outcome.name} {'ok' if outcome.passed else 'FAILED'}" for outcome in outcomes)
     return "\n".join([*lines, "", f"summary: {verdict}; {sum(outcome.seconds for outcome in outcomes):.0f} s"])
+
+
+def _architecture() -> str:
+    """As setup.py names it: GPUs whose clusters we use have code of their own."""
+    program = "import torch; print(torch.cuda.get_device_capability(0)[0])"
+    major = subprocess.run([*PYTHON, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    return {"9": "90a", "10": "100a"}.get(major, "80")
 
 
 def _has(module: str) -> bool:

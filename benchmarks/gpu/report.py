@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.report FOLDER`: the tables (table.md) and pictures (*.png) of a GPU's results."""
+"""`python -m benchmarks.gpu.report FOLDER`: table.md, report.html and pictures (*.png) of a GPU's results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cases import STOCK
+from benchmarks.cases import STOCK, is_ours
 from benchmarks.gpu.bench import SUITES
+from benchmarks.html.page import render
 from benchmarks.results import CaseResult, Contestant, Document
 
 OPERATORS = {
@@ -18,6 +19,8 @@ OPERATORS = {
     "gru_cell": "GRUCell",
     "additive_attention": "additive attention",
     "dot_attention": "dot attention",
+    "gru_decoder": "GRU decoder",
+    "lstm_decoder": "LSTM decoder",
 }
 TITLES = {
     "recurrent": "Recurrent layers against cuDNN",
@@ -26,12 +29,16 @@ TITLES = {
     "additive": "Additive attention against eager torch",
     "dot": "Dot attention against eager torch",
     "cells": "Cells in a Python loop against torch's",
+    "decoder": "Attentional decoders against a loop of torch's cells",
+    "models": "Whole models, accelerated",
+    "scaling": "One size after the other",
 }
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-OURS = ("ours", "ours_lengths", "ours_context", "ours_graph")
 COLOURS = {
     "ours": "#1b6ca8",
     "ours_graph": "#7fb7de",
+    "ours_cuda": "#2a6f4f",
+    "ours_cuda_graph": "#7fbf9f",
     "ours_lengths": "#1b6ca8",
     "ours_context": "#1b6ca8",
     "torch_eager": "#888888",
@@ -75,7 +82,7 @@ def best(contestant: Contestant) -> float | None:
 def step_us(case: CaseResult, contestant: Contestant) -> float | None:
     """Microseconds a time step of a recurrence takes, input products and gradients included."""
     milliseconds = best(contestant)
-    if milliseconds is None or case.suite not in ("recurrent", "lengths", "cell_states"):
+    if milliseconds is None or case.suite not in ("recurrent", "lengths", "cell_states", "decoder"):
         return None
     return milliseconds * 1e3 / case.shape["T"]
 
@@ -133,7 +140,7 @@ def remarks(documents: dict[str, Document]) -> list[str]:
     lines = []
     for case in cases:
         for each in case.contestants:
-            if each.name in OURS and each.ratio_high is not None and each.ratio_high < 1:
+            if is_ours(each.name) and each.ratio_high is not None and each.ratio_high < 1:
                 lines.append(f"- slower than stock beyond noise: {each.name} in {case.name}: {each.ratio:.2f}")
     for case in cases:
         for bar in case.bars:
@@ -257,8 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not documents:
         parser.error(f"{options.folder}: expected results of some of {', '.join(SUITES)}, got none")
     (options.folder / "table.md").write_text(page(documents))
+    (options.folder / "report.html").write_text(render(documents))
     pictures = draw(documents, options.folder)
-    print(f"{options.folder / 'table.md'}, {', '.join(path.name for path in pictures)}")
+    print(f"{options.folder}: table.md, report.html, {', '.join(path.name for path in pictures)}")
     for line in remarks(documents):
         print(line)
     return 0

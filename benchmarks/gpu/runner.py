@@ -38,7 +38,7 @@ def run_case(
         entries, absent, failed = ({}, {}, {}) if nobody else qualify(case, problem, only, stack)
         problem.__dict__.pop("oracle", None)  # it may be large
         _forget(problem, entries)
-        memory = {name: peak for name, entry in entries.items() if (peak := _peak(problem, entry)) is not None}
+        memory = _peaks(problem, entries, failed)
         races = None
         if entries:
             calls = {name: entry.call for name, entry in entries.items()}
@@ -53,7 +53,7 @@ def run_case(
     contestants = []
     for name in (STOCK, *case.contestants):
         if races is not None and name in races.called.timings:
-            found = _figures(name, races, max(least.values()), memory.get(name), failed.get(name))
+            found = _figures(name, races, max(least.values(), default=None), memory.get(name), failed.get(name))
         else:
             found = Contestant(name, version_of(name), missing=absent.get(name), failure=failed.get(name))
         contestants.append(found)
@@ -83,14 +83,26 @@ def _forget(problem: Problem, entries: dict[str, Entry]) -> None:
             tensor.grad = None
 
 
-def _peak(problem: Problem, entry: Entry) -> float | None:
-    """None for a replayed graph, whose memory was taken when it was recorded."""
-    if entry.replays:
-        return None
-    return peak_mib(entry.call, lambda: _forget(problem, {"": entry}))
+def _peaks(problem: Problem, entries: dict[str, Entry], failed: dict[str, str]) -> dict[str, float]:
+    """The memory of each call; those that find too little leave ``entries`` for ``failed``.
+
+    Graphs are left out: theirs was taken when they were recorded.
+    """
+    found = {}
+    for name, entry in list(entries.items()):
+        if entry.replays:
+            continue
+        torch.cuda.empty_cache()
+        try:
+            found[name] = peak_mib(entry.call, lambda: _forget(problem, entries))
+        except torch.OutOfMemoryError as error:
+            failed[name] = f"OutOfMemoryError: {error}"
+            del entries[name]
+    torch.cuda.empty_cache()
+    return found
 
 
-def _figures(name: str, races: Races, floor: float, memory: float | None, failure: str | None) -> Contestant:
+def _figures(name: str, races: Races, floor: float | None, memory: float | None, failure: str | None) -> Contestant:
     timing, alone = races.called.timings[name], races.device.timings.get(name)
     ratio = device_ratio = None
     if name == STOCK:
@@ -111,6 +123,6 @@ def _figures(name: str, races: Races, floor: float, memory: float | None, failur
         ratio_high=ratio.high if ratio else None,
         device_milliseconds=alone.median * 1e3 if alone else None,
         device_ratio=device_ratio,
-        floor_share=floor / ((alone or timing).median * 1e3),
+        floor_share=floor / ((alone or timing).median * 1e3) if floor else None,
         peak_mib=memory,
     )

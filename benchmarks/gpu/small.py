@@ -127,11 +127,39 @@ def attentions() -> Iterator[str]:
                 yield from check(label, run, oracle, [query, keys, values, v])
 
 
+def decoders() -> Iterator[str]:
+    from seqattn_kernels.functional import attention_decoder
+
+    for kind, module in (("lstm", nn.LSTMCell), ("gru", nn.GRUCell)):
+        for batch, steps, source, hidden in ((1, 3, 5, 24), (5, 4, 33, 64)):
+            for dtype in DTYPES[:3]:
+                cell = [p.detach() for p in module(2 * hidden, hidden).to(DEVICE, dtype).parameters()]
+                tensors = [
+                    torch.randn(size, device=DEVICE, dtype=dtype)
+                    for size in ((batch, steps, hidden), (batch, source, hidden), (batch, source, hidden))
+                ]
+                query = torch.randn(hidden, hidden, device=DEVICE, dtype=dtype) / hidden**0.5
+                v = torch.randn(hidden, device=DEVICE, dtype=dtype)
+                lengths = torch.randint(1, source + 1, (batch,), device=DEVICE)
+
+                def call(x, keys, values, query, v, *cell, backend=None, lengths=lengths, kind=kind):
+                    found = attention_decoder(
+                        x, keys, values, cell, cell=kind, query_weight=query, v=v, lengths=lengths, backend=backend
+                    )
+                    return found.output, found.weights
+
+                def oracle(*tensors, call=call, lengths=lengths):
+                    return call(*tensors, backend="reference", lengths=on_host(lengths))
+
+                label = f"{kind} decoder {batch, steps, source, hidden} {dtype}"
+                yield from check(label, call, oracle, [*tensors, query, v, *cell])
+
+
 def main() -> int:
     torch.manual_seed(0)
     count = 0
     with tf32(False):
-        for part in (recurrences, cells, attentions):
+        for part in (recurrences, cells, attentions, decoders):
             found = list(part())
             count += len(found)
             print(f"{part.__name__}: {len(found)} differences", *found[:10], sep="\n  ", flush=True)

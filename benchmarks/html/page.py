@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import STOCK, Case, Mode
+from benchmarks.cases import STOCK, Case, Mode, is_ours
 from benchmarks.html.charts import Line, Series, bars, chart, number
 from benchmarks.results import CaseResult, Contestant, Document
 from benchmarks.work import work
@@ -82,7 +82,7 @@ def losses(cases: Sequence[CaseResult]) -> str:
     for case in cases:
         where = f"{case.name}, {case.threads} threads" if case.device == "cpu" else case.name
         for each in case.contestants:
-            if each.name.startswith("ours") and each.ratio_high is not None and each.ratio_high < 1:
+            if is_ours(each.name) and each.ratio_high is not None and each.ratio_high < 1:
                 lost.append(f"{each.name} in {where}: {each.ratio:.2f} of stock's speed")
             if each.failure:
                 wrong.append(f"{each.name} in {where}: {each.failure.splitlines()[0]}")
@@ -263,7 +263,7 @@ def table(cases: Sequence[CaseResult]) -> str:
         for each in case.contestants:
             if each.missing:
                 continue
-            lost = each.ratio_high is not None and each.ratio_high < 1 and each.name.startswith("ours")
+            lost = each.ratio_high is not None and each.ratio_high < 1 and is_ours(each.name)
             state = "failed" if each.failure else "lost" if lost else ""
             share = each.floor_share if each.floor_share is not None else each.fma_share
             interval = "" if each.ratio_low is None else f"{each.ratio_low:.2f}–{each.ratio_high:.2f}"

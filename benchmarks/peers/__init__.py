@@ -29,6 +29,10 @@ class Entry:
     replays: bool = False  # the call replays a recorded graph
 
 
+class Unsuitable(Exception):
+    """A contestant found only while it got ready that it can't take the case; the message says why."""
+
+
 class Peer(ABC):
     """Something that can compute a case."""
 
@@ -59,8 +63,8 @@ class Peer(ABC):
 @lru_cache
 def registry() -> dict[str, Peer]:
     """Every contestant by name."""
-    from benchmarks.peers import cuda, onnxruntime, openvino, ours, torch_compile, torch_eager
+    from benchmarks.peers import cuda, flashrnn, haste, onnxruntime, openvino, ours, torch_compile, torch_eager
 
     peers = [torch_eager.TorchEager(), *ours.VARIANTS, torch_compile.TorchCompile()]
-    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino(), *cuda.PEERS]
+    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino(), *cuda.PEERS, haste.Haste(), flashrnn.FlashRnn()]
     return {peer.name: peer for peer in peers}

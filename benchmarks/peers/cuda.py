@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from benchmarks.attention import AttentionProblem, OurAttention, ScaledDotProduct
-from benchmarks.peers import Entry, Peer
+from benchmarks.gpu.timing import peak_mib
+from benchmarks.peers import Entry, Peer, Unsuitable
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.torch_compile import TorchCompile
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.problems import Problem
+from seqattn_kernels import functional, native
 
 WARM_UP_CALLS = 3
+# Of the device's memory that one recorded call may keep from the others.
+LARGEST_SHARE = 0.08
 
 
 def needs_gpu(problem: Problem) -> str | None:
@@ -42,6 +46,9 @@ class Graph(Peer):
 
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
         entry = self.original.prepare(problem, stack)
+        peak, whole = peak_mib(entry.call), torch.cuda.get_device_properties(0).total_memory / 2**20
+        if peak > LARGEST_SHARE * whole:
+            raise Unsuitable(f"a recorded graph keeps its memory, here {peak / 1024:.0f} GiB")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -112,10 +119,36 @@ class OursContext(Ours):
         return Entry(call, lambda: problem.outcome(module, call), omits=("weights",), module=module)
 
 
+class OursByName(Ours):
+    """One layer of ours by the CUDA kernels, whatever the measured thresholds would choose: what they are made from."""
+
+    name = "ours_cuda"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if needs_gpu(problem) or problem.case.suite not in ("recurrent", "lengths"):
+            return "for recurrent layers on a GPU only"
+        return native.cuda_why_not()
+
+    def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
+        module = problem.ours()
+        function = getattr(functional, type(module).__name__.lower())
+        # The weights themselves: the module's own list is what torch flattens.
+        weights = list(module.parameters())
+
+        def forward(input: Any) -> Any:
+            return function(input, None, weights, batch_first=True, training=module.training, backend="cuda")
+
+        module.forward = forward  # type: ignore[method-assign]
+        call = problem.call(module)
+        return Entry(call, lambda: problem.outcome(module, call), module=module)
+
+
 PEERS: tuple[Peer, ...] = (
     Graph("torch_graph", TorchEager()),
     Graph("torch_compile_graph", TorchCompile()),
     Graph("ours_graph", Ours()),
+    OursByName(),
+    Graph("ours_cuda_graph", OursByName()),
     Packing(),
     ScaledDotProductAttention(),
     OursContext(),
