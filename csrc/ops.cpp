@@ -56,4 +56,6 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "normalize_bwd(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
       "-> Tensor");
+  // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
+  m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");
 }

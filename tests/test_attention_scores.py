@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqattn_kernels import functional, reference
+from seqattn_kernels import functional, native, reference
 from seqattn_kernels.nn import AdditiveAttention, ConcatAttention, DotAttention, FeatureAttention, GeneralAttention
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, oracle_of, to_float64
 from tests.test_attention import INF, MASKS, NAMES, NAN, k, q, v
@@ -80,6 +80,24 @@ def test_nothing_leaks_in_other_scores(kind):
     assert weights.isfinite().all()
     found = torch.autograd.grad(context.sum() + weights.square().sum(), [query, *parameters])
     assert all(g.isfinite().all() for g in found)
+
+
+@pytest.mark.parametrize("kind", ["dot", "general", "concat"])
+@pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
+def test_a_key_only_neighbours_attend_to_does_not_leak(kind):
+    """NaN at a key that one query may not attend to stays out of its context and of the gradients through it."""
+    query, keys, values = torch.randn(1, 3, 6), torch.randn(1, 9, 6), torch.randn(1, 9, 4)
+    parameters = parameters_of(kind, 6, 6)
+    mask = torch.ones(1, 3, 9, dtype=torch.bool)
+    mask[0, 1, 7] = False
+    expected, _ = other(kind, query[:, 1:2], keys, values, parameters, mask=mask[:, 1:2])
+    values[0, 7] = NAN
+    query.requires_grad_()
+    context, _ = other(kind, query, keys, values, parameters, mask=mask)
+    assert_close_to_float64(context[:, 1:2], to_float64(expected))
+    assert context[0, [0, 2]].isnan().all()
+    found = torch.autograd.grad(context[0, 1].sum(), query)[0]
+    assert found[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("reduce", [False, True])
