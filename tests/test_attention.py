@@ -442,7 +442,7 @@ def test_backends():
         attend(*tensors, mask=mask, backend="cpu")
     attend(*tensors, mask=mask)[1].square().sum().backward()
     assert mask.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"backend: expected one of \['cpu', 'reference'\]"):
+    with pytest.raises(ValueError, match=r"backend: expected one of \['cpu', 'triton', 'reference'\]"):
         attend(*tensors, backend="gpu")
     assert [b.name for b in backends.ATTENTION] == ["cpu", "reference"]
 
