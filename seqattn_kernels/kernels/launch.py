@@ -79,26 +79,28 @@ class Side(NamedTuple):
 
     exponentials: Tensor
     ranges: Tensor
+    tops: Tensor | None
     coefficients: Tensor | None
 
 
 def exponentials(
     x: Tensor, block: int, v: Tensor | None, lengths: Tensor | None = None, used: Tensor | None = None,
-    unroll: int = _UNROLL,
+    unroll: int = _UNROLL, tops: bool = True,
 ) -> Side:  # fmt: skip
     batch, rows, width = x.shape
     rows_padded, columns = padded(rows, max(block, _SIDE_ROWS)), padded(width, unroll)
     out = x.new_empty(batch, rows_padded, columns, dtype=torch.float32)
     ranges = x.new_empty(batch, rows_padded // _SIDE_ROWS, 2, dtype=torch.float32)
+    most = x.new_empty(batch, rows_padded // _SIDE_ROWS, columns, dtype=torch.float32) if tops else None
     coefficients, heads = None, 1
     if v is not None:
         heads = rows_of(v)
-        coefficients = x.new_empty(heads, columns // unroll * (unroll + 1) + 2, dtype=torch.float32)
+        coefficients = x.new_empty(heads, columns // unroll * (unroll + 1) + columns + 1, dtype=torch.float32)
     exponentials_kernel[(batch * (rows_padded // _SIDE_ROWS),)](
-        x, v, out, coefficients, ranges, lengths, used, rows, rows_padded, width, columns, heads,
+        x, v, out, coefficients, ranges, most, lengths, used, rows, rows_padded, width, columns, heads,
         BLOCK=block, UNROLL=unroll, V_COLUMNS=max(triton.next_power_of_2(columns), unroll), COLUMNS=32, num_warps=4,
     )  # fmt: skip
-    return Side(out, ranges, coefficients)
+    return Side(out, ranges, most, coefficients)
 
 
 def scores_fwd(
@@ -113,16 +115,18 @@ def scores_fwd(
         return out
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     merged = score.exponential and v is not None and width > 0
-    q = k = Side(None, None, None)  # type: ignore[arg-type]
+    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
     with on_device(query):
         if merged:
             q = exponentials(query, tile.T, v, unroll=tile.unroll)
             k = exponentials(keys, tile.S, None, masks.lengths, masks.used(), tile.unroll)
         scores_fwd_kernel[(batch * triton.cdiv(steps, tile.T) * triton.cdiv(source, tile.S),)](
-            query, keys, v, q.exponentials, k.exponentials, q.coefficients, q.ranges, k.ranges, masks.lengths, out,
+            query, keys, v, q.exponentials, k.exponentials, q.coefficients, q.ranges, k.ranges,
+            q.tops, k.tops, masks.lengths, out,
             steps, source, width, padded(width, tile.unroll), rows_of(v),
-            FORWARD=score.forward, MERGED=merged, T_BLOCK=tile.T, S_BLOCK=tile.S, UNROLL=tile.unroll, TARGET=target(),
-            num_warps=tile.warps,
+            FORWARD=score.forward, MERGED=merged, T_BLOCK=tile.T, S_BLOCK=tile.S, UNROLL=tile.unroll, STAGES=tile.stages,
+            COLUMNS=triton.next_power_of_2(padded(max(width, 1), tile.unroll)), TARGET=target(),
+            num_warps=tile.warps, **tile.limits(),
         )  # fmt: skip
     return out
 
@@ -142,11 +146,11 @@ def scores_bwd(
         return torch.zeros_like(query), torch.zeros_like(keys), d_v
     merged = score.exponential and v is not None
     used = masks.used()
-    q = k = Side(None, None, None)  # type: ignore[arg-type]
+    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
     with on_device(query):
         if merged:
-            q = exponentials(query, 1, None)
-            k = exponentials(keys, 1, None, masks.lengths, used)
+            q = exponentials(query, 1, None, tops=False)
+            k = exponentials(keys, 1, None, masks.lengths, used, tops=False)
         columns = padded(width, _UNROLL)
         rows_q, rows_k = padded(steps, _SIDE_ROWS), padded(source, _SIDE_ROWS)
         partial = None
@@ -162,9 +166,11 @@ def scores_bwd(
                 d_query if own_query else d_keys, partial if own_query else None, n, m, width, columns, n_rows, m_rows,
                 source if own_query else 1, 1 if own_query else source, rows_of(v),
                 FORWARD=score.forward, GRADIENT=score.gradient, MERGED=merged, OWN_QUERY=own_query,
-                WITH_V=own_query and v is not None, N_BLOCK=tile.N, A_BLOCK=tile.A,
+                WITH_V=own_query and v is not None, N_BLOCK=tile.N, A_BLOCK=tile.A, STAGES=tile.stages,
+                ROWS_AT_ONCE=tile.rows,
                 OWN_ENTRIES=triton.next_power_of_2(n_rows // _SIDE_ROWS),
                 OTHER_ENTRIES=triton.next_power_of_2(m_rows // _SIDE_ROWS), TARGET=target(), num_warps=tile.warps,
+                **tile.limits(),
             )  # fmt: skip
         if v is not None and partial is not None:
             d_v = partial.view(batch // rows_of(v), rows_of(v), -1, width).sum((0, 2)).view_as(v).to(v.dtype)
@@ -223,22 +229,23 @@ STEP_WIDTH = 4096  # columns a step kernel holds in registers
 
 def step_fwd(
     score: Score, query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor, masks: Masks, need_weights: bool,
-    split: int | None = None, block: int | None = None, warps: int = 4,
+    tile: tiles.StepTile = tiles.STEP,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Softmax attention of a few queries [B, T, A] for each batch element: context [B, T, D], weights [B, T, S]."""
-    (batch, steps, width), source, depth = query.shape, keys.shape[1], values.shape[2]
+    (batch, steps, _), source, depth = query.shape, keys.shape[1], values.shape[2]
     context = query.new_empty(batch, steps, depth)
     weights = query.new_empty(batch, steps, source) if need_weights else None
     if batch == 0 or source == 0 or steps == 0:
         return context.zero_(), weights
     scores = query.new_empty(batch, steps, source, dtype=torch.float32) if need_weights else None
-    partial, splits = _step(score, query, keys, v, values, masks, scores, split, block, warps)
-    join = min(128, triton.next_power_of_2(max(depth, 16)))
-    with on_device(query):
-        step_join_kernel[(batch * steps * max(1, triton.cdiv(depth, join)),)](
-            scores, partial, masks.lengths, context, weights, steps, source, depth, splits,
-            SPLITS=triton.next_power_of_2(splits), S_BLOCK=512, D_BLOCK=join, num_warps=4,
-        )  # fmt: skip
+    partial = _step(score, query, keys, v, values, masks, scores, context, weights, tile)
+    if partial is not None:
+        splits, join = partial.shape[2], min(128, triton.next_power_of_2(max(depth, 16)))
+        with on_device(query):
+            step_join_kernel[(batch * steps * max(1, triton.cdiv(depth, join)),)](
+                scores, partial, masks.lengths, context, weights, steps, source, depth, splits,
+                SPLITS=triton.next_power_of_2(splits), S_BLOCK=512, D_BLOCK=join, num_warps=4,
+            )  # fmt: skip
     return context, weights
 
 
@@ -246,39 +253,41 @@ def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> 
     """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
     scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
     if scores.numel():
-        _step(score, query, keys, v, None, Masks(), scores, None, None, 4)
+        _step(score, query, keys, v, None, Masks(), scores, None, None, tiles.STEP)
     return scores
 
 
 def _step(
     score: Score, query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor | None, masks: Masks,
-    scores: Tensor | None, split: int | None, block: int | None, warps: int,
-) -> tuple[Tensor | None, int]:  # fmt: skip
+    scores: Tensor | None, context: Tensor | None, weights: Tensor | None, tile: tiles.StepTile,
+) -> Tensor | None:  # fmt: skip
+    """Launches the kernel; returns what is to be joined, or None where one program held all keys of its query."""
     (batch, steps, width), source = query.shape, keys.shape[1]
     depth = 0 if values is None else values.shape[2]
     query, keys, values, v = (t if t is None else t.contiguous() for t in (query, keys, values, v))
     a_block, d_block = (triton.next_power_of_2(max(n, 16)) for n in (width, depth))
-    block = block or max(1, min(32, 8192 // max(a_block, d_block)))
-    if split is None:
-        # Some thousand programs fill any GPU several times over; fewer splits leave less to join.
-        split = max(4 * block, padded(triton.cdiv(source * batch * steps, 2048), block))
+    block = max(1, min(32, tile.elements // max(a_block, d_block)))
+    # With enough queries to fill the GPU, each is left whole; else keys are split, as far as it takes.
+    splits = min(triton.cdiv(tile.programs, batch * steps), triton.cdiv(source, 4 * block))
+    split = padded(triton.cdiv(source, splits), block)
     splits = triton.cdiv(source, split)
     partial = None
-    if values is not None:
+    if values is not None and splits > 1:
         partial = query.new_empty(batch, steps, splits, depth + 2, dtype=torch.float32)
     with on_device(query):
         step_fwd_kernel[(batch * steps * splits,)](
-            query, keys, v, values, masks.lengths, masks.mask, *masks.strides(), scores, partial, steps, source, width,
-            depth, split, rows_of(v),
+            query, keys, v, values, masks.lengths, masks.mask, *masks.strides(), scores, partial, context, weights,
+            steps, source, width, depth, split, rows_of(v),
             FORWARD=score.forward, QUICK=None if values is None else score.quick, ADDED=masks.added, S_BLOCK=block,
-            A_BLOCK=a_block, D_BLOCK=d_block, TARGET=target(), num_warps=warps,
+            A_BLOCK=a_block, D_BLOCK=d_block, WHOLE=splits == 1, STAGES=tile.stages, TARGET=target(),
+            num_warps=tile.warps,
         )  # fmt: skip
-    return partial, splits
+    return partial
 
 
 def step_bwd(
     score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, masks: Masks,
-    block: int | None = None, warps: int = 4,
+    tile: tiles.StepTile = tiles.STEP_BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
     (batch, width), source = query.shape, keys.shape[1]
@@ -287,15 +296,16 @@ def step_bwd(
         return torch.zeros_like(query), torch.zeros_like(keys), None if v is None else torch.zeros_like(v)
     d_keys = torch.empty_like(keys)
     a_block = triton.next_power_of_2(max(width, 16))
-    block = block or max(1, min(32, 4096 // a_block))
-    split = max(4 * block, padded(triton.cdiv(source * batch, 2048), block))
+    block = max(1, min(32, tile.elements // a_block))
+    splits = min(triton.cdiv(tile.programs, batch), triton.cdiv(source, 4 * block))
+    split = padded(triton.cdiv(source, splits), block)
     splits = triton.cdiv(source, split)
     partial = query.new_empty(batch, splits, 2, width, dtype=torch.float32)
     with on_device(query):
         step_bwd_kernel[(batch * splits,)](
             query, keys, v, d_scores.contiguous(), masks.lengths, masks.used(), d_keys, partial, source, width, split, rows_of(v),
             FORWARD=score.forward, GRADIENT=score.gradient, QUICK=score.quick, S_BLOCK=block, A_BLOCK=a_block,
-            TARGET=target(), num_warps=warps,
+            STAGES=tile.stages, TARGET=target(), num_warps=tile.warps,
         )  # fmt: skip
     d_query, d_v = partial.sum(1).unbind(1)
     if v is None:

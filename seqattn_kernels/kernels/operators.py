@@ -152,7 +152,9 @@ def scores_bwd(
     empty = query.new_empty(0)
     d_features = d_weight = empty
     if features is not None and feature_weight is not None:
-        kept = features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
+        kept = (
+            features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
+        )
         d_features = (d_inner.float() @ feature_weight.float().t()).to(features.dtype)
         d_weight = (kept.float().flatten(0, 1).t() @ d_inner.float().flatten(0, 1)).to(feature_weight.dtype)
     return d_query, d_inner.to(keys.dtype), empty if d_v is None else d_v, d_features, d_weight

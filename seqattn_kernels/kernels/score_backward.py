@@ -9,25 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqattn_kernels.kernels.exponentials import form_of, range_of
+from seqattn_kernels.kernels.exponentials import bits_of, form_of, range_of
 from seqattn_kernels.kernels.scores import additive_reciprocals
 
 
 @triton.jit
 def merged_rows(
     own, other, d_scores, n_mask, a_mask, step, count, AP, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
-    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, TARGET: tl.constexpr,
+    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """Sums over the other side's rows of d * (r - r^2) and, for v, of d * (r - 1/2)."""
     acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
-    for m in range(0, count, 4):
-        # Rows past the count hold e^0 and are multiplied by zero.
-        for i in tl.static_range(0, 4, 2):
+    for m in tl.range(0, count, ROWS_AT_ONCE, num_stages=STAGES):
+        for i in tl.static_range(0, ROWS_AT_ONCE, 2):
+            # Rows past the count, up to a multiple of 32, hold e^0 and are multiplied by zero.
             d0 = tl.load(d_scores + i * step, mask=n_mask & (m + i < count), other=0.0)[:, None]
             d1 = tl.load(d_scores + (i + 1) * step, mask=n_mask & (m + i + 1 < count), other=0.0)[:, None]
-            e0 = tl.load(other + i * AP, mask=a_mask, other=1.0)[None, :]
-            e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=1.0)[None, :]
+            e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
+            e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
             r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
             acc += d0 * (r0 - r0 * r0)
             acc += d1 * (r1 - r1 * r1)
@@ -35,8 +36,8 @@ def merged_rows(
                 acc_v += d0 * r0
                 acc_v += d1 * r1
                 acc_v -= 0.5 * (d0 + d1)
-        d_scores += 4 * step
-        other += 4 * AP
+        d_scores += ROWS_AT_ONCE * step
+        other += ROWS_AT_ONCE * AP
     return acc, acc_v
 
 
@@ -96,6 +97,8 @@ def scores_bwd_kernel(
     WITH_V: tl.constexpr,
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that brings rows of the other side into shared memory
+    ROWS_AT_ONCE: tl.constexpr,  # of the other side, by which 32 is divisible
     OWN_ENTRIES: tl.constexpr,  # powers of two, at least the entries of ranges
     OTHER_ENTRIES: tl.constexpr,
     TARGET: tl.constexpr,
@@ -128,18 +131,46 @@ def scores_bwd_kernel(
     if MERGED:
         own_most, own_least = range_of(own_ranges + b * (NP // 32) * 2, NP // 32, 0, OWN_ENTRIES)
         most, least = range_of(other_ranges + b * (MP // 32) * 2, MP // 32, 0, OTHER_ENTRIES)
-        form = form_of(own_most, own_least, most, least, 0.0, 2)
+        form = form_of(own_most, own_least, most, least, 2.0 * bits_of(own_most + most))
         e = tl.load(own_exp + b * NP * AP + n_wide[:, None] * AP + a[None, :], mask=there, other=1.0)
         rows = other_exp + b * MP * AP + a
         if form == 0:
             acc, acc_v = merged_rows(
-                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, False, TARGET
+                e,
+                rows,
+                d_scores,
+                n_mask,
+                a_mask,
+                m_step,
+                count,
+                AP,
+                N_BLOCK,
+                A_BLOCK,
+                WITH_V,
+                False,
+                STAGES,
+                ROWS_AT_ONCE,
+                TARGET,
             )
             acc *= 4.0
             acc_v *= -2.0
         elif form == 1:
             acc, acc_v = merged_rows(
-                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, True, TARGET
+                e,
+                rows,
+                d_scores,
+                n_mask,
+                a_mask,
+                m_step,
+                count,
+                AP,
+                N_BLOCK,
+                A_BLOCK,
+                WITH_V,
+                True,
+                1,
+                ROWS_AT_ONCE,
+                TARGET,
             )
             acc *= 4.0
             acc_v *= -2.0

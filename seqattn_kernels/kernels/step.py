@@ -6,6 +6,15 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def store_weights(scores, weights, first, step, S, end, top, inverse, BLOCK: tl.constexpr):
+    for start in range(first, S, step):
+        s = start + tl.arange(0, BLOCK)
+        x = tl.load(scores + s, mask=s < end, other=float("-inf"))
+        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top) * inverse)
+        tl.store(weights + s, p.to(weights.dtype.element_ty), mask=s < S)
+
+
 @triton.jit(do_not_specialize=["T", "S", "SPLIT", "heads"])
 def step_fwd_kernel(
     query,  # [B, T, A]
@@ -13,11 +22,13 @@ def step_fwd_kernel(
     v,  # [H, A] or None: batch element b has row b % H
     values,  # [B, S, D]; None: only scores are wanted
     lengths,  # [B] or None
-    mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added to the scores; or None
+    mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added; or None
     mask_b,
     mask_t,
     scores,  # float32 [B, T, S]: masked scores, or None
-    partial,  # float32 [B, T, splits, D + 2]: context, sum and largest score of each split
+    partial,  # float32 [B, T, splits, D + 2]: context, sum and largest score of each split; None with WHOLE
+    context,  # [B, T, D], with WHOLE
+    weights,  # [B, T, S], or None, with WHOLE
     T,
     S,
     A,
@@ -30,7 +41,10 @@ def step_fwd_kernel(
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,  # powers of two, at least A and D
     D_BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # one split holds all keys: there is nothing to join
+    STAGES: tl.constexpr,  # of the pipeline that brings keys and values into shared memory
     TARGET: tl.constexpr,
+    W_BLOCK: tl.constexpr = 512,
 ):
     splits = tl.cdiv(S, SPLIT)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -47,8 +61,8 @@ def step_fwd_kernel(
     q = tl.load(query + row * A + a, mask=a < A, other=0.0).to(tl.float32)
     top = float("-inf")
     total = 0.0
-    context = tl.zeros((S_BLOCK, D_BLOCK), tl.float32)
-    for start in range(first, end, S_BLOCK):
+    acc = tl.zeros((S_BLOCK, D_BLOCK), tl.float32)
+    for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         keep = s < end
         if mask is not None:
@@ -82,13 +96,22 @@ def step_fwd_kernel(
             shrink = tl.where(top == best, 1.0, tl.exp(top - best))
             p = tl.where(keep, tl.exp(x - best), 0.0)
             total = total * shrink + tl.sum(p, 0)
-            context = context * shrink + p[:, None] * h.to(tl.float32)
+            acc = acc * shrink + p[:, None] * h.to(tl.float32)
             top = best
     if values is not None:
-        at = partial + tl.program_id(0).to(tl.int64) * (D + 2)
-        tl.store(at + d, tl.sum(context, 0), mask=d < D)
-        tl.store(at + D, total)
-        tl.store(at + D + 1, top)
+        if WHOLE:
+            inverse = tl.where(total != 0, 1.0 / total, 0.0)
+            joined = tl.sum(acc, 0) * inverse
+            tl.store(context + row * D + d, joined.to(context.dtype.element_ty), mask=d < D)
+            if weights is not None:
+                # Other threads of this program stored what is read here.
+                tl.debug_barrier()
+                store_weights(scores + row * S, weights + row * S, 0, W_BLOCK, S, end, top, inverse, W_BLOCK)
+        else:
+            at = partial + tl.program_id(0).to(tl.int64) * (D + 2)
+            tl.store(at + d, tl.sum(acc, 0), mask=d < D)
+            tl.store(at + D, total)
+            tl.store(at + D + 1, top)
 
 
 @triton.jit(do_not_specialize=["T", "S", "splits"])
@@ -125,11 +148,9 @@ def step_join_kernel(
         end = S
         if lengths is not None:
             end = tl.minimum(end, tl.load(lengths + row // T)).to(tl.int32)
-        for start in range(d_block * S_BLOCK, S, d_blocks * S_BLOCK):
-            s = start + tl.arange(0, S_BLOCK)
-            x = tl.load(scores + row * S + s, mask=s < end, other=float("-inf"))
-            p = tl.where(x == float("-inf"), 0.0, tl.exp(x - best) * inverse)
-            tl.store(weights + row * S + s, p.to(weights.dtype.element_ty), mask=s < S)
+        store_weights(
+            scores + row * S, weights + row * S, d_block * S_BLOCK, d_blocks * S_BLOCK, S, end, best, inverse, S_BLOCK
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["S", "SPLIT", "heads"])
@@ -151,6 +172,7 @@ def step_bwd_kernel(
     QUICK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     splits = tl.cdiv(S, SPLIT)
@@ -167,7 +189,7 @@ def step_bwd_kernel(
         factor = tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
-    for start in range(first, end, S_BLOCK):
+    for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         inside = s < end
         valid = inside
