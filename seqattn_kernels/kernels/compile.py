@@ -76,7 +76,7 @@ def configurations() -> Iterator[Configuration]:
             for own_query in (True, False):
                 constants = dict(
                     FORWARD=additive.forward, GRADIENT=additive.gradient, MERGED=True, OWN_QUERY=own_query,
-                    WITH_V=own_query, N_BLOCK=g.N, A_BLOCK=g.A, STAGES=g.stages, ROWS_AT_ONCE=g.rows, OWN_ENTRIES=16, OTHER_ENTRIES=16, used=None,
+                    WITH_V=own_query, N_BLOCK=g.N, A_BLOCK=g.A, STAGES=g.stages, ROWS=g.rows, OWN_ENTRIES=16, OTHER_ENTRIES=16, used=None,
                 )  # fmt: skip
                 if not own_query:
                     constants["d_v"] = None

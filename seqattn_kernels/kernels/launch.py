@@ -167,7 +167,7 @@ def scores_bwd(
                 source if own_query else 1, 1 if own_query else source, rows_of(v),
                 FORWARD=score.forward, GRADIENT=score.gradient, MERGED=merged, OWN_QUERY=own_query,
                 WITH_V=own_query and v is not None, N_BLOCK=tile.N, A_BLOCK=tile.A, STAGES=tile.stages,
-                ROWS_AT_ONCE=tile.rows,
+                ROWS=tile.rows,
                 OWN_ENTRIES=triton.next_power_of_2(n_rows // _SIDE_ROWS),
                 OTHER_ENTRIES=triton.next_power_of_2(m_rows // _SIDE_ROWS), TARGET=target(), num_warps=tile.warps,
                 **tile.limits(),

@@ -14,30 +14,53 @@ from seqattn_kernels.kernels.scores import additive_reciprocals
 
 
 @triton.jit
+def merged_block(
+    acc, acc_v, own, other, d_scores, n_mask, a_mask, step, left, AP, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the other side. MASKED: only `left` of them are there; those up to a multiple of 32 hold e^0, and
+    are multiplied by zero."""
+    total = 0.0
+    for i in tl.static_range(0, ROWS, 2):
+        first, second = n_mask, n_mask
+        if MASKED:
+            first = n_mask & (i < left)
+            second = n_mask & (i + 1 < left)
+        d0 = tl.load(d_scores + i * step, mask=first, other=0.0)[:, None]
+        d1 = tl.load(d_scores + (i + 1) * step, mask=second, other=0.0)[:, None]
+        e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
+        e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
+        r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
+        acc += d0 * (r0 - r0 * r0)
+        acc += d1 * (r1 - r1 * r1)
+        if WITH_V:
+            acc_v += d0 * r0
+            acc_v += d1 * r1
+            total += d0 + d1
+    if WITH_V:
+        acc_v -= 0.5 * total
+    return acc, acc_v
+
+
+@triton.jit
 def merged_rows(
     own, other, d_scores, n_mask, a_mask, step, count, AP, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
-    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
-    TARGET: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, WITH_V: tl.constexpr, BOUNDED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Sums over the other side's rows of d * (r - r^2) and, for v, of d * (r - 1/2)."""
     acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
-    for m in tl.range(0, count, ROWS_AT_ONCE, num_stages=STAGES):
-        for i in tl.static_range(0, ROWS_AT_ONCE, 2):
-            # Rows past the count, up to a multiple of 32, hold e^0 and are multiplied by zero.
-            d0 = tl.load(d_scores + i * step, mask=n_mask & (m + i < count), other=0.0)[:, None]
-            d1 = tl.load(d_scores + (i + 1) * step, mask=n_mask & (m + i + 1 < count), other=0.0)[:, None]
-            e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
-            e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
-            r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
-            acc += d0 * (r0 - r0 * r0)
-            acc += d1 * (r1 - r1 * r1)
-            if WITH_V:
-                acc_v += d0 * r0
-                acc_v += d1 * r1
-                acc_v -= 0.5 * (d0 + d1)
-        d_scores += ROWS_AT_ONCE * step
-        other += ROWS_AT_ONCE * AP
+    whole = tl.maximum(count, 0) // ROWS * ROWS
+    for _ in tl.range(0, whole, ROWS, num_stages=STAGES):
+        acc, acc_v = merged_block(
+            acc, acc_v, own, other, d_scores, n_mask, a_mask, step, ROWS, AP, ROWS, False, WITH_V, BOUNDED, TARGET
+        )
+        d_scores += ROWS * step
+        other += ROWS * AP
+    if whole < count:
+        acc, acc_v = merged_block(
+            acc, acc_v, own, other, d_scores, n_mask, a_mask, step, count - whole, AP, ROWS, True, WITH_V, BOUNDED, TARGET
+        )
     return acc, acc_v
 
 
@@ -98,7 +121,7 @@ def scores_bwd_kernel(
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that brings rows of the other side into shared memory
-    ROWS_AT_ONCE: tl.constexpr,  # of the other side, by which 32 is divisible
+    ROWS: tl.constexpr,  # of the other side at a time, by which 32 is divisible
     OWN_ENTRIES: tl.constexpr,  # powers of two, at least the entries of ranges
     OTHER_ENTRIES: tl.constexpr,
     TARGET: tl.constexpr,
@@ -136,41 +159,13 @@ def scores_bwd_kernel(
         rows = other_exp + b * MP * AP + a
         if form == 0:
             acc, acc_v = merged_rows(
-                e,
-                rows,
-                d_scores,
-                n_mask,
-                a_mask,
-                m_step,
-                count,
-                AP,
-                N_BLOCK,
-                A_BLOCK,
-                WITH_V,
-                False,
-                STAGES,
-                ROWS_AT_ONCE,
-                TARGET,
+                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, ROWS, STAGES, WITH_V, False, TARGET
             )
             acc *= 4.0
             acc_v *= -2.0
         elif form == 1:
             acc, acc_v = merged_rows(
-                e,
-                rows,
-                d_scores,
-                n_mask,
-                a_mask,
-                m_step,
-                count,
-                AP,
-                N_BLOCK,
-                A_BLOCK,
-                WITH_V,
-                True,
-                1,
-                ROWS_AT_ONCE,
-                TARGET,
+                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, 2, 1, WITH_V, True, TARGET
             )
             acc *= 4.0
             acc_v *= -2.0
