@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from seqattn_kernels import kernels, reference
-from seqattn_kernels.kernels import attention, launch, tiles
+from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, tiles
 from seqattn_kernels.kernels.exponentials import bits_of, form_of
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, register
@@ -66,7 +66,7 @@ def masks_of(name, B, T, S):
 
 def poison(tensors, lengths, mask):
     """NaN where no query attends."""
-    query, keys, values, v = tensors
+    _, keys, values, _ = tensors
     attend = reference.attention.attended(keys, lengths, mask)
     if attend is not None:
         nobody = ~attend.any(1).expand(keys.shape[:2])
@@ -196,7 +196,7 @@ def test_any_size_of_v(v, T):
 @pytest.mark.parametrize("tile", tiles.FORWARD_TILES, ids=str)
 def test_forward_tiles(tile):
     query, keys, _, v = inputs(1, 33, 140, 21, 1)
-    scores = launch.scores_fwd(ADDITIVE, query, keys, v, tile=tile)
+    scores = score_forward.scores_fwd(ADDITIVE, query, keys, v, tile=tile)
     wide = [t.double() for t in (query, keys, v)]
     assert_close_to_float64(scores, reference.attention.additive_scores(*wide))
 
@@ -207,9 +207,9 @@ def test_backward_tiles(tile):
     wide = [t.double().requires_grad_() for t in (query, keys, v)]
     scores = reference.attention.additive_scores(*wide)
     direction = torch.randn(scores.shape)
-    found = launch.scores_bwd(ADDITIVE, direction, query, keys, v, tile=tile)
+    found = score_backward.scores_bwd(ADDITIVE, direction, query, keys, v, tile=tile)
     assert_close_to_float64(found, torch.autograd.grad(scores, wide, direction.double()))
-    assert_same_bits(launch.scores_bwd(ADDITIVE, direction, query, keys, v, tile=tile), found)
+    assert_same_bits(score_backward.scores_bwd(ADDITIVE, direction, query, keys, v, tile=tile), found)
 
 
 @pytest.mark.parametrize("T", [1, 5])
@@ -418,8 +418,8 @@ def test_masked_weights(kind, mask, fill, zero_empty):
     wanted = share * d
     if kind != "sigmoid":
         wanted = share * (d - (share * d).sum(-1, True) / share.sum(-1, True).clamp(min=1e-30))
-    rows = ~w.isnan().any(-1)
-    assert_close_to_float64(found[rows], (2 * wanted).masked_fill(unattended, 0)[rows])
+    sound = ~w.isnan().any(-1)
+    assert_close_to_float64(found[sound], (2 * wanted).masked_fill(unattended, 0)[sound])
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sparsemax", "entmax15"])
@@ -496,14 +496,14 @@ def test_bad_input():
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             call(**arguments)
-    with pytest.raises(ValueError, match="kind: expected one of .*'additive'.*, got 'none'"):
+    with pytest.raises(ValueError, match=r"kind: expected one of .*'additive'.*, got 'none'"):
         kernels.scores_fwd("none", query, keys)
     with pytest.raises(ValueError, match="feature_weight: expected it together with features"):
         kernels.scores_fwd("additive", query, keys, v, torch.zeros(2, 7, 3))
-    with pytest.raises(ValueError, match="kind: expected one of .*'softmax'.*, got 'none'"):
+    with pytest.raises(ValueError, match=r"kind: expected one of .*'softmax'.*, got 'none'"):
         kernels.normalize_fwd("none", torch.zeros(1, 1, 1))
-    with pytest.raises(ValueError, match=f"at most {launch.ROW_LIMIT}"):
-        kernels.normalize_fwd("softmax", torch.zeros(1, 1, launch.ROW_LIMIT + 1))
+    with pytest.raises(ValueError, match=f"at most {rows.ROW_LIMIT}"):
+        kernels.normalize_fwd("softmax", torch.zeros(1, 1, rows.ROW_LIMIT + 1))
 
 
 def test_long_rows_take_tiles_of_a_few_queries_too():

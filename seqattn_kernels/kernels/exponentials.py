@@ -6,8 +6,14 @@ offsets. AP is A padded to a multiple of UNROLL. Rows past N, and keys no query 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from seqattn_kernels.kernels.launch import padded, rows_of
 
 ROWS = tl.constexpr(32)  # rows that share an entry in the table of ranges
 
@@ -37,7 +43,7 @@ def exponentials_kernel(
     x,  # [B, N, A]
     v,  # [H, A], row b % H: exponentials are divided by v, scaled, and the coefficients written; or None
     out,  # float32 [B, NP / BLOCK, AP, BLOCK], NP >= N
-    coefficients,  # float32, for each row of v: of each UNROLL columns 1/v and half the sum of v; see `scores_fwd_kernel`
+    coefficients,  # float32, for each row of v: see `scores_fwd_kernel`
     ranges,  # float32 [B, NP / 32, 2]: largest and least x of each 32 rows
     tops,  # float32 [B, NP / 32, AP]: largest x of each column of 32 rows; or None
     lengths,  # [B] or None: rows past it are not looked at
@@ -137,3 +143,57 @@ def form_of(q_most, q_least, k_most, k_least, exponent):
     # 1 - 2 / x has an absolute error of a rounding: too large where every tanh is small.
     merged = (q_size <= 32.0) & (k_size <= 32.0) & (exponent < float("inf")) & (q_size + k_size > 0.03125)
     return tl.where(merged, tl.where(exponent <= 125.0, 0, 1), 2)
+
+
+_SIDE_ROWS = ROWS.value
+UNROLL = 16
+
+
+class Side(NamedTuple):
+    """Exponentials of queries or keys, rows padded."""
+
+    exponentials: Tensor
+    ranges: Tensor
+    tops: Tensor | None
+    coefficients: Tensor | None
+
+
+def exponentials(
+    x: Tensor,
+    block: int,
+    v: Tensor | None,
+    lengths: Tensor | None = None,
+    used: Tensor | None = None,
+    unroll: int = UNROLL,
+    tops: bool = True,
+) -> Side:
+    batch, rows, width = x.shape
+    rows_padded, columns = padded(rows, max(block, _SIDE_ROWS)), padded(width, unroll)
+    out = x.new_empty(batch, rows_padded, columns, dtype=torch.float32)
+    ranges = x.new_empty(batch, rows_padded // _SIDE_ROWS, 2, dtype=torch.float32)
+    most = x.new_empty(batch, rows_padded // _SIDE_ROWS, columns, dtype=torch.float32) if tops else None
+    coefficients, heads = None, 1
+    if v is not None:
+        heads = rows_of(v)
+        coefficients = x.new_empty(heads, columns // unroll * (unroll + 1) + columns + 1, dtype=torch.float32)
+    exponentials_kernel[(batch * (rows_padded // _SIDE_ROWS),)](
+        x,
+        v,
+        out,
+        coefficients,
+        ranges,
+        most,
+        lengths,
+        used,
+        rows,
+        rows_padded,
+        width,
+        columns,
+        heads,
+        BLOCK=block,
+        UNROLL=unroll,
+        V_COLUMNS=max(triton.next_power_of_2(columns), unroll),
+        COLUMNS=32,
+        num_warps=4,
+    )
+    return Side(out, ranges, most, coefficients)
