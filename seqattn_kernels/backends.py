@@ -47,6 +47,7 @@ class DecoderRequest:
     device: torch.device
     dtype: torch.dtype
     unserved: str | None  # an option that one operator for all steps doesn't have
+    unserved_by_reference: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ def decoder_why_not(request: DecoderRequest) -> str | None:
 
 
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
-    return None if request.unserved is None else f"the reference doesn't have {request.unserved}"
+    reason = request.unserved_by_reference
+    return None if reason is None else f"the reference doesn't have {reason}"
 
 
 def _never(request: Any) -> None:

@@ -103,17 +103,20 @@ def why_not(decoder: Decoder, input: Tensor, state: DecoderState, *, sampling: b
 
 def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: bool) -> backends.DecoderRequest:
     mask = state.memory.mask
-    reasons = {
+    beyond_reference = {
         "scores by a module of one's own": decoder.attend is not None,
         "dropout": bool(decoder.dropout or decoder.hidden_dropout or decoder.output_dropout),
         "zoneout": bool(decoder.zoneout),
-        "a mask that is added to the scores": mask is not None and mask.dtype != torch.bool,
         "inputs that depend on outputs": sampling,
+    }
+    beyond_native = {
+        "a mask that is added to the scores": mask is not None and mask.dtype != torch.bool,
         "sequences without a step": input.shape[1] == 0,
         f"more than {ops.decoder.MAX_LAYERS} layers": len(decoder.layers) > ops.decoder.MAX_LAYERS,
     }
-    unserved = next((reason for reason, holds in reasons.items() if holds), None)
-    return backends.DecoderRequest(input.device, input.dtype, unserved)
+    composed = next((reason for reason, holds in beyond_reference.items() if holds), None)
+    unserved = composed or next((reason for reason, holds in beyond_native.items() if holds), None)
+    return backends.DecoderRequest(input.device, input.dtype, unserved, composed)
 
 
 def run_decoder(
@@ -171,8 +174,10 @@ def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
     if reason is not None or values.dtype not in _WIDE:
         return state
     memory = state.memory
-    if decoder.v is not None and isinstance(memory.keys, Tensor):
-        memory = replace(memory, keys=prepare_keys(memory.keys))
+    if decoder.v is not None:
+        decoder = replace(decoder, v=decoder.v.detach().clone())
+        if isinstance(memory.keys, Tensor):
+            memory = replace(memory, keys=prepare_keys(memory.keys))
     packed = ops.decoder.pack_decoder(
         decoder.spec.cell,
         decoder.weights,
@@ -249,7 +254,7 @@ def _check_input(decoder: Decoder, input: Tensor, state: DecoderState) -> None:
     width = first.shape[1]
     width -= values.shape[2] if spec.context_at >= 0 else 0
     width -= 0 if spec.attentional_at < 0 or decoder.w_output is None else decoder.w_output.shape[0]
-    if input.shape[0] != values.shape[0] or input.shape[2] != width:
+    if input.dim() != 3 or input.shape[0] != values.shape[0] or input.shape[2] != width:
         raise ValueError(
             f"input: expected [B, T, I] with B={values.shape[0]} (from values), I={width} (from weights), "
             f"got {list(input.shape)}"
