@@ -8,6 +8,7 @@
 #include "cells/registry.h"
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
+#include "scores/registry.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,16 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
+  m.def(
+      "scores",
+      [] {
+        std::vector<std::string> names;
+#define SEQATTN_NAME(Score) names.emplace_back(seqattn::Score::kName);
+        SEQATTN_SCORES(SEQATTN_NAME)
+#undef SEQATTN_NAME
+        return names;
+      },
+      "Names of the attention scores, as the `kind` argument of scores_fwd has them.");
   m.def(
       "gang_size",
       [](int threads) {

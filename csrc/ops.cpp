@@ -28,7 +28,8 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   // `bfloat16` they are rounded and the tensors have that dtype: recurrence_fwd without `save` then rounds x and h too.
   m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias, bool bfloat16=False) -> Tensor[]");
   // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:
-  // attend) or added to the scores. A row that attends to nothing has zero weights and context.
+  // attend) or added to the scores. A row that attends to nothing has zero weights and context. `v` is [A], or [H, A]
+  // where heads are folded into the batch: batch element b has row b % H.
   m.def("additive_pack(Tensor keys) -> Tensor");
   m.def(
       "additive_fwd(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, Tensor? mask, "
@@ -36,6 +37,25 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "additive_bwd(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
       "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Scores [B, T, S] by themselves; `kind` is a name of scores/registry.h. `features` [B, S, F] or [B, T, S, F] with
+  // `feature_weight` [F, A] are a term of additive scores beside query and key. 0 past the lengths.
+  m.def(
+      "scores_fwd(str kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
+      "Tensor? lengths) -> Tensor");
+  // Results: gradients of query, keys, v, features, feature_weight (empty where there is none). A score whose gradient
+  // is 0 contributes nothing, even where query or key is NaN.
+  m.def(
+      "scores_bwd(str kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
+      "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid, with `fill`
+  // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
+  m.def(
+      "normalize_fwd(str kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
+      "float fill, bool zero_empty) -> Tensor");
+  // The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0.
+  m.def(
+      "normalize_bwd(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
+      "-> Tensor");
   // The attentional decoder, all steps. options: order (0: attend with h of the step before, then update the cells, 1:
   // the reverse), score (0: additive, 1: dot times scale), activation of the output projection (0: tanh, 1: none), then
   // the columns where the input, the context and the attentional vector (-1: not fed) begin in w_ih of the first layer,

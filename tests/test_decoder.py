@@ -429,7 +429,7 @@ BAD = [
     ({"values": torch.zeros(3, 7, 6)}, ValueError, r"values: expected .* D=5, got \[3, 7, 6\]"),
     ({"lengths": torch.tensor([1, 2, 8])}, ValueError, r"lengths: expected values in \[0, 7\] .* got 8 at \[2\]"),
     ({"lengths": torch.tensor([1, -2, 3])}, ValueError, r"lengths: expected values in \[0, 7\] .* got -2 at \[1\]"),
-    ({"lengths": torch.ones(3)}, TypeError, "lengths: expected an integer dtype, got torch.float32"),
+    ({"lengths": torch.ones(3, dtype=torch.bool)}, TypeError, "lengths: expected .* got torch.bool"),
     ({"lengths": torch.tensor([1, 2])}, ValueError, r"lengths: expected \[B\] with B=3 .* got \[2\]"),
     ({"mask": torch.ones(3, 6, dtype=torch.bool)}, ValueError, r"mask: expected .* got \[3, 6\]"),
     ({"mask": torch.ones(3, 5, 7, dtype=torch.bool)}, ValueError, r"mask: expected \[B, S\].* got \[3, 5, 7\]"),

@@ -32,9 +32,12 @@ struct AttentionArgs {
   const T* keys;    // not read by forward where packed is there
   const T* packed;  // [B, ceil(S/16), P + 1, 16], or null: each tile packs the block it needs
   const T* values;
-  const T* v_groups;  // [P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
-  const T* v;         // [P], zero past A
-  T scale;            // 2^e that makes the largest |v| at most 1
+  // Batch element b has row b % heads of what depends on v.
+  int64_t heads;
+  const T* v_groups;  // [heads, P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
+  const T* v;         // [heads, v_stride]; forward: zero from A to P
+  int64_t v_stride;
+  const T* scales;  // [heads]: 2^e that makes the largest |v| at most 1
   bool v_finite;
   const int64_t* lengths;    // [B] or null
   const uint8_t* mask_bool;  // nonzero: attend; element (b, t, s) at b * mask_b + t * mask_t + s; or null
@@ -59,6 +62,7 @@ struct AttentionArgs {
   SEQATTN_HERE int64_t tiles() const { return ceil_div(T_, kTileRows); }
   SEQATTN_HERE int64_t blocks() const { return ceil_div(S, kKeyBlock); }
   SEQATTN_HERE int64_t length(int64_t b) const { return lengths ? lengths[b] : S; }
+  SEQATTN_HERE int64_t head(int64_t b) const { return heads == 1 ? 0 : b % heads; }
 };
 
 template <class T>

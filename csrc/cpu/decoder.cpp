@@ -36,6 +36,7 @@ Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::co
 template <class T>
 struct ScoreVector {
   std::vector<T> padded_v, groups;
+  T scale = 1;
 
   void read(const T* v, AttentionArgs<T>* args) {
     const int64_t rows = packed_rows(args->A) - 1;
@@ -51,7 +52,7 @@ struct ScoreVector {
     int exponent = 1;
     if (args->v_finite) std::frexp(largest, &exponent);
     exponent = std::max(exponent, std::numeric_limits<T>::min_exponent + 2);  // so that 2^-exponent is finite
-    args->scale = std::ldexp(T(1), exponent - 1);
+    scale = std::ldexp(T(1), exponent - 1);
     const T inverse = std::ldexp(T(1), 1 - exponent);
     for (int64_t g = 0; g < rows / 4; ++g) {
       T* group = groups.data() + 8 * g;
@@ -60,6 +61,8 @@ struct ScoreVector {
     }
     args->v = padded_v.data();
     args->v_groups = groups.data();
+    args->scales = &scale;
+    args->v_stride = rows;
   }
 };
 
@@ -154,6 +157,7 @@ struct Arguments {
   void read_memory(const Tensor& keys, const Tensor& values, const MaybeTensor& v, const MaybeTensor& given_lengths,
                    const MaybeTensor& mask) {
     AttentionArgs<T>& args = p.attention;
+    args.heads = 1;
     args.B = p.B;
     args.T_ = p.steps;
     args.S = p.S;

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels.functional.attention import PreparedKeys, additive_attention, dot_attention
+from seqattn_kernels.functional.attention import PreparedKeys, additive_attention
 from seqattn_kernels.functional.cells import gru_cell, lstm_cell, rnn_cell
+from seqattn_kernels.functional.products import dot_attention
 from seqattn_kernels.reference.decoder import Spec
 
 

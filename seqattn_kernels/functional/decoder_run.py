@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import backends, ops, reference
-from seqattn_kernels.functional.attention import PreparedKeys, _check_lengths, _check_masks, prepare_keys
+from seqattn_kernels.functional.attention import PreparedKeys, prepare_keys
 from seqattn_kernels.functional.decoder_loop import Decoder, DecoderMemory, DecoderState, Feed, describe, run_steps
+from seqattn_kernels.functional.masks import resolve
 from seqattn_kernels.reference.attention import attended, without_unattended
 
 _WIDE = (torch.float32, torch.float64)
@@ -49,8 +50,7 @@ def make_memory(
             raise ValueError(
                 f"mask: expected [B, S] with B={plain.shape[0]}, S={plain.shape[1]}, got {list(mask.shape)}"
             )
-        lengths, mask = _check_masks(values, plain, lengths, mask)
-        _check_lengths(lengths, plain)
+        lengths, mask = resolve(plain.shape[0], None, plain.shape[1], values.device, lengths, mask)
     if mask is not None:
         # Once for all steps: what stands where nobody attends must not spread (0 * NaN is NaN).
         attend = attended(plain, lengths, mask)

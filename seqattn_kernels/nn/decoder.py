@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from seqattn_kernels.functional import DecoderOutput, DecoderState
-from seqattn_kernels.functional.attention import PreparedKeys, attended_keys
+from seqattn_kernels.functional.attention import PreparedKeys
 from seqattn_kernels.functional.decoder import CELL_NAMES, SCORES, make_decoder, one_of, project_concat_keys
 from seqattn_kernels.functional.decoder_loop import Decoder, step
 from seqattn_kernels.functional.decoder_run import begin, make_memory, pack, packed_step, run_decoder, why_not
+from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.nn.attention import AdditiveAttention, ConcatAttention, DotAttention, GeneralAttention
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
 
@@ -165,7 +166,8 @@ class AttentionDecoder(nn.Module):
         attention: Any = self.attention
         if self.score == "concat":
             return project_concat_keys(keys, attention.weight, self.hidden_size, lengths, mask)
-        return attention.key_proj(attended_keys(keys, keys, lengths, mask))
+        lengths, mask = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
+        return attention.key_proj(attended_keys(keys, lengths, mask))
 
     def _begin(
         self,
