@@ -321,6 +321,54 @@ def test_a_score_of_ones_own() -> None:
     assert_close_to_float64(output, out.output[:, 0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", ["bahdanau", "luong"])
+@pytest.mark.parametrize(
+    ("score", "options"),
+    [
+        ("location", {"filters": 3, "kernel_size": 3}),
+        ("location", {"filters": 2, "kernel_size": 5, "cumulative": False, "history_gradient": False}),
+        ("coverage", {}),
+        ("coverage", {"most_fertile": 3.0}),
+    ],
+)
+def test_scores_that_remember(score: str, options: dict[str, Any], order: str, device: str) -> None:
+    """Against a loop over the module of the score."""
+    decoder, given = make("gru", score, order, "context", score_options=options)
+    decoder, given = decoder.to(device), to(given, device, torch.float64)
+    keys, values, attention = given["keys"].requires_grad_(), given["values"], decoder.attention
+    masks = {"lengths": given["lengths"]}
+    out = decoder(**given)
+    history = attention.initial(keys)
+    h, context = keys.new_zeros(3, 17), keys.new_zeros(3, 5)
+    outputs, found = [], []
+    for x in given["input"].unbind(1):
+        if order == "bahdanau":
+            context, weights = attention(h, keys, history, values, **masks)
+        h = decoder.cells[0](torch.cat([x, context], 1), h)
+        if order == "luong":
+            context, weights = attention(h, keys, history, values, **masks)
+        if score == "location":
+            history = attention.next_history(history, weights)
+        else:
+            history = attention.next_coverage(history, weights, attention.fertility(keys))
+        outputs.append(h)
+        found.append(weights)
+    expected = torch.stack(outputs, 1), torch.stack(found, 1)
+    assert_close_to_float64((out.output, out.weights), expected)
+    leaves = [keys, *decoder.parameters()]
+    assert_close_to_float64(gradients((out.output, out.weights), leaves), gradients(expected, leaves))
+    with torch.no_grad():
+        state = decoder.begin(keys, values, lengths=given["lengths"])
+        index = torch.tensor([0, 1, 2, 2], device=device)
+        _, state = decoder.step(given["input"][:, 0], state)
+        state = state.select(index)
+        for t in range(1, 5):
+            output, state = decoder.step(given["input"][index, t], state)
+            assert_close_to_float64(output, out.output[index, t])
+    assert "module" in decoder.why_not(given["input"], state)
+
+
 def test_zoneout() -> None:
     decoder, given = make("lstm", zoneout=0.25)
     plain, _ = make("lstm")

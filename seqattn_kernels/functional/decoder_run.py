@@ -60,7 +60,9 @@ def make_memory(
     return DecoderMemory(keys, values, lengths, mask)
 
 
-def begin(decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tensor] | None = None) -> DecoderState:
+def begin(
+    decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tensor] | None = None, history: Any = None
+) -> DecoderState:
     """The state before the first step; given: None for zeros, h_0 [B, H] or [L, B, H], or (h_0, c_0)."""
     values = memory.values
     batch, layers = values.shape[0], len(decoder.layers)
@@ -83,16 +85,14 @@ def begin(decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tens
             raise ValueError(f"{name}: expected [L, B, H] = {list(shape)}, got {list(t.shape)}")
         return t
 
-    attends_by_weights = decoder.attend is not None
-    source = values.new_zeros(batch, values.shape[1]) if attends_by_weights else None
     return DecoderState(
         state_of("h_0", pair[0]),
         state_of("c_0", pair[1]) if has_cell else None,
         values.new_zeros(batch, values.shape[2]),
         None if decoder.w_output is None else values.new_zeros(batch, decoder.w_output.shape[0]),
         memory,
-        source,
-        source,
+        None,
+        history,
     )
 
 
@@ -159,8 +159,8 @@ def run_decoder(
         contexts[:, -1],
         None if attentional is None else attentional[:, -1],
         state.memory,
-        state.weights,
-        state.total_weights,
+        None,
+        None,
         state.packed,
         state.decoder,
     )
