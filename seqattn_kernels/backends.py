@@ -48,7 +48,6 @@ class AttentionRequest:
 
     device: torch.device
     dtype: torch.dtype
-    mask_gradient: bool = False  # the gradient of a mask that is added to the scores will be asked for
 
 
 def _always(request: Any) -> bool:
@@ -62,6 +61,7 @@ class DecoderRequest:
     device: torch.device
     dtype: torch.dtype
     unserved: str | None  # an option that one operator for all steps doesn't have
+    unserved_by_reference: str | None
     cuda_unserved: str | None = None  # what else the CUDA kernel doesn't have
 
 
@@ -89,8 +89,6 @@ def _cpu_attention_why_not(request: AttentionRequest) -> str | None:
         return f"the CPU kernels take CPU tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    if request.mask_gradient:
-        return "the CPU kernels have no gradient for a mask"
     return None
 
 
@@ -122,8 +120,6 @@ def _triton_attention_why_not(request: AttentionRequest) -> str | None:
         return ops.attention_cuda.why_not()
     if request.dtype not in _TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, got {request.dtype}"
-    if request.mask_gradient:
-        return "the Triton kernels have no gradient for a mask"
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < _TRITON_CAPABILITY:
         return "the Triton kernels need a GPU of compute capability 8.0 or later"
     return None
@@ -153,7 +149,8 @@ def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
 
 
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
-    return None if request.unserved is None else f"the reference doesn't have {request.unserved}"
+    reason = request.unserved_by_reference
+    return None if reason is None else f"the reference doesn't have {reason}"
 
 
 def _never(request: Any) -> None:

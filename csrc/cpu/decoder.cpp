@@ -53,9 +53,6 @@ struct ScoreVector {
     if (args->v_finite) std::frexp(largest, &exponent);
     exponent = std::max(exponent, std::numeric_limits<T>::min_exponent + 2);  // so that 2^-exponent is finite
     scale = std::ldexp(T(1), exponent - 1);
-    args->heads = 1;
-    args->v_stride = rows;
-    args->scales = &scale;
     const T inverse = std::ldexp(T(1), 1 - exponent);
     for (int64_t g = 0; g < rows / 4; ++g) {
       T* group = groups.data() + 8 * g;
@@ -64,6 +61,8 @@ struct ScoreVector {
     }
     args->v = padded_v.data();
     args->v_groups = groups.data();
+    args->scales = &scale;
+    args->v_stride = rows;
   }
 };
 
@@ -158,6 +157,7 @@ struct Arguments {
   void read_memory(const Tensor& keys, const Tensor& values, const MaybeTensor& v, const MaybeTensor& given_lengths,
                    const MaybeTensor& mask) {
     AttentionArgs<T>& args = p.attention;
+    args.heads = 1;
     args.B = p.B;
     args.T_ = p.steps;
     args.S = p.S;

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from seqattn_kernels.functional.attention import PreparedKeys
 from seqattn_kernels.functional.decoder_loop import Decoder, DecoderState, describe
 from seqattn_kernels.functional.decoder_run import DecoderOutput, begin, make_memory, run_decoder
-from seqattn_kernels.functional.masks import attended_keys, resolve_masks
+from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.reference.decoder import ACTIVATIONS, ORDERS, Spec
 from seqattn_kernels.reference.recurrence import GATES
 
@@ -145,7 +145,8 @@ def project_concat_keys(
     keys: Tensor, weight: Tensor, hidden: int, lengths: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """The part of a "concat" score that keys [B, S, K] have in it, from weight [A, H + K]."""
-    return F.linear(attended_keys(keys, *resolve_masks(keys, keys, lengths, mask)), weight[:, hidden:])
+    lengths, mask = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
+    return F.linear(attended_keys(keys, lengths, mask), weight[:, hidden:])
 
 
 def make_decoder(

@@ -40,9 +40,9 @@ class DecoderMemory:
 class DecoderState:
     """A decoder between two steps.
 
-    h [L, B, H], c [L, B, H] of an LSTM, context [B, D], attentional vector [B, M]; weights [B, S] of the last step and
-    the sum of all so far, of decoders that attend by them; the memory; and, where decoding began without gradients, the
-    decoder of that moment and its weights as the native kernels read them.
+    h [L, B, H], c [L, B, H] of an LSTM, context [B, D], attentional vector [B, M]; weights [B, S] of the last step,
+    where it was one alone; what a score that remembers keeps, [B, ..]; the memory; and, where decoding began without
+    gradients, the decoder of that moment and its weights as the native kernels read them.
     """
 
     h: Tensor
@@ -51,7 +51,7 @@ class DecoderState:
     attentional: Tensor | None
     memory: DecoderMemory
     weights: Tensor | None = None
-    total_weights: Tensor | None = None
+    history: Any = None
     packed: Tensor | None = None
     decoder: Decoder | None = None
 
@@ -68,7 +68,7 @@ class DecoderState:
             rows(self.attentional),
             self.memory.select(index) if memory else self.memory,
             rows(self.weights),
-            rows(self.total_weights),
+            _map(rows, self.history),
             self.packed,
             self.decoder,
         )
@@ -86,7 +86,7 @@ class DecoderState:
             context=self.context.detach(),
             attentional=cut(self.attentional),
             weights=cut(self.weights),
-            total_weights=cut(self.total_weights),
+            history=_map(cut, self.history),
         )
 
     @property
@@ -94,8 +94,12 @@ class DecoderState:
         return self.h.shape[1]
 
 
-# query [B, H], state -> context [B, D], weights [B, S]
-Attend = Callable[[Tensor, DecoderState], tuple[Tensor, Tensor]]
+def _map(f: Callable[[Tensor | None], Any], history: Any) -> Any:
+    return tuple(f(t) for t in history) if isinstance(history, tuple) else f(history)
+
+
+# query [B, H], state -> context [B, D], weights [B, S], and what the score remembers from now on
+Attend = Callable[[Tensor, DecoderState], tuple[Tensor, Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ class Decoder:
     def hidden_size(self) -> int:
         return self.weights[1].shape[1]
 
-    def look(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor]:
-        """One look at the memory: query [B, H] -> context [B, D], weights [B, S]."""
+    def look(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, Any]:
+        """One look at the memory: query [B, H] -> context [B, D], weights [B, S], what the score remembers."""
         if self.attend is not None:
             return self.attend(query, state)
         memory = state.memory
@@ -134,8 +138,8 @@ class Decoder:
             query = F.linear(query, self.w_query, self.b_query)
         masks: Any = {"lengths": memory.lengths, "mask": memory.mask}
         if self.v is not None:
-            return additive_attention(query, memory.keys, self.v, memory.values, **masks)
-        return dot_attention(query, memory.plain_keys(), memory.values, scale=self.spec.scale, **masks)
+            return *additive_attention(query, memory.keys, self.v, memory.values, **masks), None
+        return *dot_attention(query, memory.plain_keys(), memory.values, scale=self.spec.scale, **masks), None
 
     def update(self, layer: Sequence[Tensor], x: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any]:
         """One cell: x [B, I] -> h, c."""
@@ -162,9 +166,9 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
     spec = decoder.spec
     h = list(state.h.unbind(0))
     c: list[Any] = [None] * len(h) if state.c is None else list(state.c.unbind(0))
-    context, weights, attentional = state.context, state.weights, state.attentional
+    context, weights, attentional, history = state.context, state.weights, state.attentional, state.history
     if spec.order == "bahdanau":
-        context, weights = decoder.look(h[-1], state)
+        context, weights, history = decoder.look(h[-1], state)
     parts: dict[int, Any] = {
         spec.input_at: input,
         spec.context_at: context,
@@ -184,7 +188,7 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
         if decoder.dropout and n + 1 < len(h):
             below = F.dropout(below, decoder.dropout)
     if spec.order == "luong":
-        context, weights = decoder.look(h[-1], state)
+        context, weights, history = decoder.look(h[-1], state)
     output = h[-1]
     if decoder.w_output is not None:
         pair = [context, output] if spec.output_context_at == 0 else [output, context]
@@ -194,9 +198,6 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
         if decoder.output_dropout:
             output = F.dropout(output, decoder.output_dropout)
         attentional = output
-    total = state.total_weights
-    if total is not None and weights is not None:
-        total = total + weights
     one = len(h) == 1
     new = DecoderState(
         h[0].unsqueeze(0) if one else torch.stack(h),
@@ -205,7 +206,7 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
         attentional,
         state.memory,
         weights,
-        total,
+        history,
         state.packed,
         state.decoder,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from seqattn_kernels import backends, ops, reference
 from seqattn_kernels.functional.attention import PreparedKeys, prepare_keys
 from seqattn_kernels.functional.decoder_loop import Decoder, DecoderMemory, DecoderState, Feed, describe, run_steps
-from seqattn_kernels.functional.masks import resolve_masks
+from seqattn_kernels.functional.masks import resolve
 from seqattn_kernels.reference.attention import attended, without_unattended
 
 _WIDE = (torch.float32, torch.float64)
@@ -50,7 +50,7 @@ def make_memory(
             raise ValueError(
                 f"mask: expected [B, S] with B={plain.shape[0]}, S={plain.shape[1]}, got {list(mask.shape)}"
             )
-        lengths, mask = resolve_masks(values, plain, lengths, mask)
+        lengths, mask = resolve(plain.shape[0], None, plain.shape[1], values.device, lengths, mask)
     if mask is not None:
         # Once for all steps: what stands where nobody attends must not spread (0 * NaN is NaN).
         attend = attended(plain, lengths, mask)
@@ -60,7 +60,9 @@ def make_memory(
     return DecoderMemory(keys, values, lengths, mask)
 
 
-def begin(decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tensor] | None = None) -> DecoderState:
+def begin(
+    decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tensor] | None = None, history: Any = None
+) -> DecoderState:
     """The state before the first step; given: None for zeros, h_0 [B, H] or [L, B, H], or (h_0, c_0)."""
     values = memory.values
     batch, layers = values.shape[0], len(decoder.layers)
@@ -83,16 +85,14 @@ def begin(decoder: Decoder, memory: DecoderMemory, given: Tensor | Sequence[Tens
             raise ValueError(f"{name}: expected [L, B, H] = {list(shape)}, got {list(t.shape)}")
         return t
 
-    attends_by_weights = decoder.attend is not None
-    source = values.new_zeros(batch, values.shape[1]) if attends_by_weights else None
     return DecoderState(
         state_of("h_0", pair[0]),
         state_of("c_0", pair[1]) if has_cell else None,
         values.new_zeros(batch, values.shape[2]),
         None if decoder.w_output is None else values.new_zeros(batch, decoder.w_output.shape[0]),
         memory,
-        source,
-        source,
+        None,
+        history,
     )
 
 
@@ -103,20 +103,23 @@ def why_not(decoder: Decoder, input: Tensor, state: DecoderState, *, sampling: b
 
 def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: bool) -> backends.DecoderRequest:
     mask = state.memory.mask
-    reasons = {
+    beyond_reference = {
         "scores by a module of one's own": decoder.attend is not None,
         "dropout": bool(decoder.dropout or decoder.hidden_dropout or decoder.output_dropout),
         "zoneout": bool(decoder.zoneout),
-        "a mask that is added to the scores": mask is not None and mask.dtype != torch.bool,
         "inputs that depend on outputs": sampling,
+    }
+    beyond_native = {
+        "a mask that is added to the scores": mask is not None and mask.dtype != torch.bool,
         "sequences without a step": input.shape[1] == 0,
         f"more than {ops.decoder.MAX_LAYERS} layers": len(decoder.layers) > ops.decoder.MAX_LAYERS,
     }
-    unserved = next((reason for reason, holds in reasons.items() if holds), None)
+    composed = next((reason for reason, holds in beyond_reference.items() if holds), None)
+    unserved = composed or next((reason for reason, holds in beyond_native.items() if holds), None)
     cuda_unserved = None
     if input.device.type == "cuda" and unserved is None:
         cuda_unserved = ops.decoder_cuda.why_not(decoder.spec, _tensors(decoder, input, state), decoder.weights)
-    return backends.DecoderRequest(input.device, input.dtype, unserved, cuda_unserved)
+    return backends.DecoderRequest(input.device, input.dtype, unserved, composed, cuda_unserved)
 
 
 def run_decoder(
@@ -168,8 +171,8 @@ def _finish(
         contexts[:, -1],
         None if attentional is None else attentional[:, -1],
         state.memory,
-        state.weights,
-        state.total_weights,
+        None,
+        None,
         state.packed,
         state.decoder,
     )
@@ -183,8 +186,10 @@ def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
     if reason is not None or values.dtype not in _WIDE:
         return state
     memory = state.memory
-    if decoder.v is not None and isinstance(memory.keys, Tensor):
-        memory = replace(memory, keys=prepare_keys(memory.keys))
+    if decoder.v is not None:
+        decoder = replace(decoder, v=decoder.v.detach().clone())
+        if isinstance(memory.keys, Tensor):
+            memory = replace(memory, keys=prepare_keys(memory.keys))
     packed = ops.decoder.pack_decoder(
         decoder.spec.cell,
         decoder.weights,
@@ -261,7 +266,7 @@ def _check_input(decoder: Decoder, input: Tensor, state: DecoderState) -> None:
     width = first.shape[1]
     width -= values.shape[2] if spec.context_at >= 0 else 0
     width -= 0 if spec.attentional_at < 0 or decoder.w_output is None else decoder.w_output.shape[0]
-    if input.shape[0] != values.shape[0] or input.shape[2] != width:
+    if input.dim() != 3 or input.shape[0] != values.shape[0] or input.shape[2] != width:
         raise ValueError(
             f"input: expected [B, T, I] with B={values.shape[0]} (from values), I={width} (from weights), "
             f"got {list(input.shape)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from seqattn_kernels.functional.attention import PreparedKeys
 from seqattn_kernels.functional.decoder import CELL_NAMES, SCORES, make_decoder, one_of, project_concat_keys
 from seqattn_kernels.functional.decoder_loop import Decoder, step
 from seqattn_kernels.functional.decoder_run import begin, make_memory, pack, packed_step, run_decoder, why_not
-from seqattn_kernels.functional.masks import attended_keys, resolve_masks
+from seqattn_kernels.functional.masks import attended_keys, resolve
+from seqattn_kernels.nn.alignment import CoverageAttention, LocationSensitiveAttention
 from seqattn_kernels.nn.attention import AdditiveAttention, ConcatAttention, DotAttention, GeneralAttention
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
 
+_REMEMBERING: dict[str, Any] = {"location": LocationSensitiveAttention, "coverage": CoverageAttention}
+_PROJECTING: dict[str, Any] = {"additive": AdditiveAttention, "concat": ConcatAttention, **_REMEMBERING}
 State = DecoderState | Tensor | Sequence[Tensor] | None
 
 
@@ -29,9 +32,12 @@ class AttentionDecoder(nn.Module):
         key_size: K, features of the keys, as the encoder gives them.
         value_size: D, features of the values; key_size by default.
         cell: "rnn", "rnn_relu", "gru" or "lstm"; num_layers, bias: as of torch.nn's.
-        score: "additive", "dot" (key_size must be hidden_size), "general" or "concat"; or a module called as
-            ``score(query [B, H], keys, values, lengths=..., mask=...) -> context [B, D], weights [B, S]``.
-        attention_size: A of "additive" and "concat"; hidden_size by default.
+        score: "additive", "dot" (key_size must be hidden_size), "general", "concat", "location" (location-sensitive) or
+            "coverage"; or a module called as ``score(query [B, H], keys, values, lengths=..., mask=...) -> context
+            [B, D], weights [B, S]``. One that has ``initial(keys)`` remembers: it is called with what that gave, and
+            then with what its ``next_history(history, weights)`` makes of it, before ``values``.
+        attention_size: A of all but "dot" and "general"; hidden_size by default.
+        score_options: arguments more for the module of the score, say of `nn.LocationSensitiveAttention`.
         order: "bahdanau" (attend with h of the step before, then update the cells) or "luong" (the reverse).
         feedback: what the first cell sees beside the input: "context" (in the order "luong" of the step before),
             "attentional" (the attentional vector of the step before: input feeding), "both" or "none".
@@ -57,6 +63,7 @@ class AttentionDecoder(nn.Module):
         bias: bool = True,
         score: str | nn.Module = "additive",
         attention_size: int | None = None,
+        score_options: Mapping[str, Any] | None = None,
         order: str = "bahdanau",
         feedback: str = "context",
         concat: Sequence[str] = ("input", "context", "attentional"),
@@ -92,16 +99,15 @@ class AttentionDecoder(nn.Module):
         if isinstance(score, nn.Module):
             self.score, self.attention = "module", score
         else:
-            one_of("score", score, SCORES)
+            one_of("score", score, (*SCORES, *_REMEMBERING))
             self.score = score
-            if score == "additive":
-                self.attention = AdditiveAttention(hidden_size, key_size, attention_size, **factory)
-            elif score == "concat":
-                self.attention = ConcatAttention(hidden_size, key_size, attention_size, **factory)
+            options = {**factory, **(score_options or {})}
+            if score in _PROJECTING:
+                self.attention = _PROJECTING[score](hidden_size, key_size, attention_size, **options)
             elif score == "general":
-                self.attention = GeneralAttention(hidden_size, key_size, **factory)
+                self.attention = GeneralAttention(hidden_size, key_size, **options)
             else:
-                self.attention = DotAttention()
+                self.attention = DotAttention(**(score_options or {}))
         width = input_size
         width += value_size if feedback in ("context", "both") else 0
         width += (output_size or 0) if feedback in ("attentional", "both") else 0
@@ -135,7 +141,7 @@ class AttentionDecoder(nn.Module):
             weights,
             cell=self.cell,
             bias=self.bias,
-            score="dot" if self.score == "module" else self.score,
+            score=self.score if attend is None else "dot",
             w_query=w_query,
             b_query=b_query,
             v=v,
@@ -156,17 +162,39 @@ class AttentionDecoder(nn.Module):
             attend=attend,
         )
 
-    def _attend(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor]:
-        memory = state.memory
-        return self.attention(query, memory.keys, memory.values, lengths=memory.lengths, mask=memory.mask)
+    def _attend(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, Any]:
+        memory, history, attention = state.memory, state.history, self.attention
+        masks: dict[str, Any] = {"lengths": memory.lengths, "mask": memory.mask}
+        if history is None:
+            return *attention(query, memory.keys, memory.values, **masks), None
+        if isinstance(attention, CoverageAttention):
+            coverage, fertility = history
+            context, weights = attention(query, memory.keys, coverage, memory.values, **masks)
+            return context, weights, (attention.next_coverage(coverage, weights, fertility), fertility)
+        context, weights = attention(query, memory.keys, history, memory.values, **masks)
+        return context, weights, attention.next_history(history, weights)  # type: ignore[operator]
+
+    def _history(self, keys: Tensor | PreparedKeys) -> Any:
+        attention: Any = self.attention
+        if not hasattr(attention, "initial") or not isinstance(keys, Tensor):
+            return None
+        if isinstance(attention, CoverageAttention):
+            return attention.initial(keys), attention.fertility(keys)
+        return attention.initial(keys)
 
     def _keys(self, keys: Tensor | PreparedKeys, lengths: Tensor | None, mask: Tensor | None) -> Tensor | PreparedKeys:
-        if isinstance(keys, PreparedKeys) or self.score in ("dot", "general", "module"):
+        if isinstance(keys, PreparedKeys) or self.score in ("dot", "general"):
             return keys
         attention: Any = self.attention
+        if self.score == "module" or self.score in _REMEMBERING:
+            if not hasattr(attention, "prepare_keys"):
+                return keys
+            lengths, mask = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
+            return attention.prepare_keys(attended_keys(keys, lengths, mask))
         if self.score == "concat":
             return project_concat_keys(keys, attention.weight, self.hidden_size, lengths, mask)
-        return attention.key_proj(attended_keys(keys, *resolve_masks(keys, keys, lengths, mask)))
+        lengths, mask = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
+        return attention.key_proj(attended_keys(keys, lengths, mask))
 
     def _begin(
         self,
@@ -185,7 +213,10 @@ class AttentionDecoder(nn.Module):
             raise ValueError(f"keys: expected [B, S, K] with K={self.key_size}, got {list(keys.shape)}")
         if values.dim() != 3 or values.shape[2] != self.value_size:
             raise ValueError(f"values: expected [B, S, D] with D={self.value_size}, got {list(values.shape)}")
-        return begin(decoder, make_memory(decoder, self._keys(keys, lengths, mask), values, lengths, mask), state)
+        if isinstance(keys, PreparedKeys) and hasattr(self.attention, "initial"):
+            raise TypeError("keys: expected a tensor [B, S, K] of a score that remembers, got PreparedKeys")
+        memory = make_memory(decoder, self._keys(keys, lengths, mask), values, lengths, mask)
+        return begin(decoder, memory, state, self._history(keys))
 
     def forward(
         self,
