@@ -27,6 +27,7 @@ using Words4 = Vec<uint32_t, 4>;
 // T with the mma of its type.
 template <class T>
 struct Operand {
+  using Math = std::conditional_t<std::is_same_v<T, bfloat16>, BriefMath, FastMath>;
   static constexpr int kPiece = 16 / sizeof(T);
   static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k16<T>(d, a, b);
@@ -39,6 +40,7 @@ struct Operand {
 };
 template <>
 struct Operand<float> {
+  using Math = FastMath;
   static constexpr int kPiece = 4;
   static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k8(d, a, b);
@@ -61,6 +63,23 @@ SEQATTN_DEVICE float from_bits(uint32_t bits) {
     return bits_float(bits << 16);
   } else {
     return to_float(std::bit_cast<T>(static_cast<Bits<T>>(bits)));
+  }
+}
+
+// Copies 16 bytes, elements of `size` bytes of which the first `count` exist, to shared memory, where the others become
+// zero: behind the thread's back where `aligned`. Ends with cp_async_commit() and cp_async_wait().
+template <int kSize>
+SEQATTN_DEVICE void copy_piece(Shared<unsigned char> to, const void* from, int count, bool aligned) {
+  if (aligned) {
+    cp_async<16>(shared_cast<Words4>(to), static_cast<const Words4*>(from), count > 0);
+  } else {
+    using Element = std::conditional_t<kSize == 2, uint16_t, uint32_t>;
+    SEQATTN_UNROLL
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(Element)); ++i) {
+      const Element* element = static_cast<const Element*>(from) + i;
+      store(shared_cast<Element>(to) + i,
+            i * static_cast<int>(sizeof(Element)) < count * kSize ? load(element) : Element{});
+    }
   }
 }
 

@@ -157,15 +157,21 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
   const int unit = rank * Shape::kUnits + local_unit;
   const int column = 2 * split + lane % 2;
-  const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
   const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
   const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
-  const Vec<T, kKept>* saved_rows = static_cast<const Vec<T, kKept>*>(args.saved) + direction_row + unit;
-  const T* h_prev_rows = static_cast<const T*>(args.h_prev) + direction_row + unit;
-  const float* cell_rows = static_cast<const float*>(args.cells) + direction_row + unit;
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
-  const T* d_output = static_cast<const T*>(args.d_output) + direction * hidden + unit;
-  const T* d_cells = static_cast<const T*>(args.d_cell_rows) + direction * hidden + unit;
+  // This lane's element of an internal row, and of a row of the caller's. Where registers are short, the pointers are
+  // made anew each time.
+  constexpr bool kTight = kHeld * kRowTiles * 8 > 120 || kGroups > 2 || kRowTiles > 4;
+  const int direction_row = direction * static_cast<int>(args.rows.rows);
+  const auto here = [](int x) { return kTight ? keep(x) : x; };
+  const auto internal = [&]<class V>(const V* base, int row) {
+    return row_at(base + here(unit), row + direction_row, hidden * static_cast<int>(sizeof(V)));
+  };
+  const auto outer = [&](const void* base, int row, int bytes) {
+    return row_at(static_cast<const T*>(base) + here(direction * hidden + unit), row, bytes);
+  };
+  using Kept = Vec<T, kKept>;
   const int64_t* offsets = args.rows.offsets;
 
   const auto row_of = [&](int t, int sequence, int length) {
@@ -176,12 +182,12 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const auto fetch = [&](const Lane& own, typename Lane::Values& values, int t, int at, int before) {
     values.c_prev = own.c_first;
     if (at >= 0) {
-      values.saved = load(row_at(saved_rows, at, hidden * kKept * kBytes));
-      values.h_prev = load_bits(row_at(h_prev_rows, at, hidden * kBytes));
+      values.saved = load(internal(static_cast<const Kept*>(args.saved), at));
+      values.h_prev = load_bits(internal(static_cast<const T*>(args.h_prev), at));
       const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
-      if (has_d_output) values.d_output = load_bits(row_at(d_output, out, ld_output));
+      if (has_d_output) values.d_output = load_bits(outer(args.d_output, out, ld_output));
     }
-    if (Cell::kHasCell && before >= 0) values.c_prev = load(row_at(cell_rows, before, hidden * 4));
+    if (Cell::kHasCell && before >= 0) values.c_prev = load(internal(static_cast<const float*>(args.cells), before));
   };
   Lane lanes[kTiles];
   SEQATTN_UNROLL
@@ -209,12 +215,12 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     }
     fetch(own, own.values[0], start, own.row[0], own.row[1]);
     fetch(own, own.values[1], start + back, own.row[1], own.coming[0]);
-    own.c_new = Cell::kHasCell && own.row[0] >= 0 ? load(row_at(cell_rows, own.row[0], hidden * 4)) : 0.f;
+    own.c_new =
+        Cell::kHasCell && own.row[0] >= 0 ? load(internal(static_cast<const float*>(args.cells), own.row[0])) : 0.f;
   }
 
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
   constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
-  T* d_gates = static_cast<T*>(args.d_gates) + direction_row * kSlots;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
 
   // The owners of this warp's rows, and where this lane puts and finds things.
@@ -278,7 +284,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           float dc_new = own.dc;
           if (has_d_cells) {  // rare: not worth registers to fetch it early
             const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
-            dc_new += to_float(load(row_at(d_cells, out, ld_cell)));
+            dc_new += to_float(load(outer(args.d_cell_rows, out, ld_cell)));
           }
           Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
                                             to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
@@ -355,8 +361,8 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
         if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
           const int to_row = (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + b;
-          T* to =
-              row_at(d_gates, to_row, kSlots * hidden * kBytes) + (Shape::slot(piece / kPlane) * hidden + from_unit);
+          T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, kSlots * hidden * kBytes) +
+                  (Shape::slot(piece / kPlane) * hidden + from_unit);
           const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
           if (vectors) {
             store(reinterpret_cast<Words4*>(to), load(shared_cast<Words4>(from)));

@@ -46,12 +46,16 @@ struct TeamShape {
   // A grid's state is double buffered in global memory, and its block barriers leave the sums' parts one user at a
   // time.
   constexpr int state_buffers() const { return grid ? 1 : 2; }
-  constexpr int split_bytes() const { return (grid ? 1 : tiles) * warps() * kSplit * gates * 128; }
+  constexpr int split_bytes() const { return warps() * kSplit * gates * 128; }
   constexpr int split_buffers() const { return grid ? 1 : 2; }
   constexpr int forward_weight_bytes() const { return warps() * (forward_pairs() - forward_held()) * gates * 1024; }
+  // x gates of a warp's 8 units and 4 columns, of two steps; and a warp's new h.
+  constexpr int x_bytes() const { return tiles * warps() * gates * 32 * bytes; }
+  constexpr int h_bytes() const { return warps() * 32 * bytes; }
   constexpr int forward_shared_bytes() const {
     const int used = state_buffers() * state_bytes() + split_buffers() * split_bytes();
-    return kBarrierBytes + (used > stage_bytes(gates) ? used : stage_bytes(gates)) + forward_weight_bytes();
+    return kBarrierBytes + (used > stage_bytes(gates) ? used : stage_bytes(gates)) + 2 * x_bytes() + h_bytes() +
+           forward_weight_bytes();
   }
 
   // Backward: a warp has row_tiles() tiles of W_hh transposed, and all of k.
