@@ -21,7 +21,7 @@ template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, b
 struct PersistentBackward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
   static constexpr bool kGrid = kGrid_;
   static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
@@ -30,12 +30,14 @@ struct PersistentBackward {
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
   static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
 
-  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; weights.
+  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; values
+  // [2][tile][warp][piece][2 columns]; weights.
   static constexpr int kBarriers = 0;
   static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
   static constexpr int kSharedBytes = kShape.backward_shared_bytes();
   static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
-  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kWeights - 2 * kGatePiecesSize;
+  static constexpr int kValues = kWeights - 2 * kShape.value_bytes(), kValuePieces = kShape.value_pieces();
+  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kValues - 2 * kGatePiecesSize;
   // Global memory of a team: parts [2][tile][block][from block][group].
   static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
   static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
@@ -67,20 +69,13 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 }
 
 // What a lane keeps of its unit and its column of a tile from step to step.
-template <class Cell, class T>
 struct BackwardLane {
-  struct Values {  // of a step, as forward left them
-    Vec<T, kept(Cell::kSaved, Cell::kHasCell)> saved;
-    uint32_t h_prev, d_output;  // bits
-    float c_prev;
-  };
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
   // Of even and odd iterations: one is written out for each, so that no register is copied from one to the next.
   int row[2];     // -1 where the sequence takes no part
   int coming[2];  // rows of the next but one iteration and the one after that
   float dh, dc, c_first, c_new;
-  Values values[2];
 };
 
 template <class Shape>
@@ -89,7 +84,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   using Op = Operand<T>;
-  using Lane = BackwardLane<Cell, T>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
   constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
@@ -160,44 +155,74 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
   const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
-  // This lane's element of an internal row, and of a row of the caller's. Where registers are short, the pointers are
-  // made anew each time.
-  constexpr bool kTight = kHeld * kRowTiles * 8 > 120 || kGroups > 2 || kRowTiles > 4;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
-  const auto here = [](int x) { return kTight ? keep(x) : x; };
-  const auto internal = [&]<class V>(const V* base, int row) {
-    return row_at(base + here(unit), row + direction_row, hidden * static_cast<int>(sizeof(V)));
-  };
-  const auto outer = [&](const void* base, int row, int bytes) {
-    return row_at(static_cast<const T*>(base) + here(direction * hidden + unit), row, bytes);
-  };
-  using Kept = Vec<T, kKept>;
   const int64_t* offsets = args.rows.offsets;
 
   const auto row_of = [&](int t, int sequence, int length) {
     if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
     return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  // Values of step t, in row `at`; `before` is the row of the step before t in forward's time.
-  const auto fetch = [&](const Lane& own, typename Lane::Values& values, int t, int at, int before) {
-    values.c_prev = own.c_first;
-    if (at >= 0) {
-      values.saved = load(internal(static_cast<const Kept*>(args.saved), at));
-      values.h_prev = load_bits(internal(static_cast<const T*>(args.h_prev), at));
-      const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
-      if (has_d_output) values.d_output = load_bits(outer(args.d_output, out, ld_output));
+  // Pieces of values this lane fetches, for its own column: where they begin in row 0, bytes from row to row, bytes to
+  // the end of a row, and whether rows are those of the step, of the step before (in forward's time), or the caller's.
+  constexpr TeamShape kTeam = Shape::kShape;
+  constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
+  enum Rows { kNone, kOfStep, kBefore, kOuter };
+  struct Piece {
+    const unsigned char* from;
+    int stride, left;
+    Rows rows;
+    bool aligned;
+  } fetched[kFetches];
+  SEQATTN_UNROLL
+  for (int i = 0; i < kFetches; ++i) {
+    int piece = lane / 2 + 16 * i, unit_bytes = kKept * kBytes;
+    const void* base = args.saved;
+    Rows rows = piece < kValuePieces ? kOfStep : kNone;
+    const int k = piece;
+    constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
+    if (k >= kH && k < kC) base = args.h_prev, unit_bytes = kBytes, piece = k - kH;
+    if (k >= kC && k < kD) base = args.cells, unit_bytes = 4, piece = k - kC, rows = kBefore;
+    if (k >= kD && rows != kNone) base = args.d_output, unit_bytes = kBytes, piece = k - kD, rows = kOuter;
+    if (base == nullptr) rows = kNone;
+    const int group_unit = rank * Shape::kUnits + group * kGroupUnits;
+    const int64_t begin = rows == kOuter ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
+    Piece& own = fetched[i];
+    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + piece * 16;
+    own.stride = rows == kOuter ? ld_output : hidden * unit_bytes;
+    own.left = (hidden - group_unit) * unit_bytes - piece * 16;
+    own.rows = rows;
+    own.aligned = own.stride % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+  }
+  constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
+  const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);
+  // Values of step t, in row `at`; `before` is the row of the step before in forward's time.
+  const auto fetch = [&](int turn, int sequence, int t, int at, int before) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < kFetches; ++i) {
+      const Piece& own = fetched[i];
+      int from = own.rows == kBefore ? before : own.rows == kNone ? -1 : at;
+      if (own.rows == kOuter && at >= 0 && offsets == nullptr) from = t * out_step + sequence * out_batch;
+      if (from >= 0) {
+        copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16, row_at(own.from, from, own.stride),
+                         own.left, own.aligned);
+      }
     }
-    if (Cell::kHasCell && before >= 0) values.c_prev = load(internal(static_cast<const float*>(args.cells), before));
+    cp_async_commit();
   };
-  Lane lanes[kTiles];
+  // This lane's value of `bytes` in the pieces from `first` on: of 16 units for each of two columns.
+  const auto value_at = [&](int turn, int first, int bytes) {
+    const int offset = (local_unit - group * kGroupUnits) * bytes;
+    return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
+  };
+  BackwardLane lanes[kTiles];
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    Lane& own = lanes[tile];
+    BackwardLane& own = lanes[tile];
     own.present = column < present_of(tile);
     own.live = own.present && unit < hidden;
     own.sequence = first + tile * columns + column;
     own.length = 0;
-    if (own.live) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
     const int64_t place = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
@@ -211,12 +236,18 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     for (int i = 0; i < 2; ++i) {
       own.row[i] = row_of(start + i * back, own.sequence, own.length);
       own.coming[i] = row_of(start + (i + 2) * back, own.sequence, own.length);
-      own.values[i] = typename Lane::Values{};
     }
-    fetch(own, own.values[0], start, own.row[0], own.row[1]);
-    fetch(own, own.values[1], start + back, own.row[1], own.coming[0]);
-    own.c_new =
-        Cell::kHasCell && own.row[0] >= 0 ? load(internal(static_cast<const float*>(args.cells), own.row[0])) : 0.f;
+    own.c_new = 0;
+    if (Cell::kHasCell && own.live && own.row[0] >= 0) {
+      own.c_new =
+          static_cast<const float*>(args.cells)[static_cast<int64_t>(own.row[0] + direction_row) * hidden + unit];
+    }
+  }
+  SEQATTN_UNROLL
+  for (int turn = 0; turn < 2 * kTiles; ++turn) {
+    const BackwardLane& own = lanes[turn % kTiles];
+    const int odd = turn / kTiles;
+    fetch(turn, own.sequence, start + odd * back, own.row[odd], odd ? own.coming[0] : own.row[1]);
   }
 
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
@@ -266,32 +297,48 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     SEQATTN_UNROLL
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
-      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
-      Lane& own = lanes[tile];
+      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
+        cp_async_commit();  // one group for each turn
+        continue;
+      }
+      BackwardLane& own = lanes[tile];
       if (e > 0) add_parts(e - 1, 1 - parity, tile);
 
+      cp_async_wait<2 * kTiles - 1>();
+      warp_sync();
       const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
       if (2 * split < present_of(tile)) {
         float d_pre[kSlots];
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
+        float c_before = own.c_first;
+        if (Cell::kHasCell && own.row[1 - parity] >= 0) {
+          c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
+        }
         if (own.row[parity] >= 0) {
-          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0;
+          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
+          const Vec<T, kKept> kept_values = load(shared_cast<Vec<T, kKept>>(value_at(turn, 0, kKept * kBytes)));
           SEQATTN_UNROLL
-          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values[parity].saved[i]);
-          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
-          const float dh_new = has_d_output ? own.dh + from_bits<T>(own.values[parity].d_output) : own.dh;
-          float dc_new = own.dc;
-          if (has_d_cells) {  // rare: not worth registers to fetch it early
-            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
-            dc_new += to_float(load(outer(args.d_cell_rows, out, ld_cell)));
+          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(kept_values[i]);
+          if constexpr (kTeam.h_pieces() > 0) {
+            h_before = to_float(load(shared_cast<T>(value_at(turn, kTeam.kept_pieces(), kBytes))));
           }
-          Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
-                                            to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
-                                            &dc_before);
+          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
+          float dh_new = own.dh, dc_new = own.dc;
+          if (has_d_output) {
+            dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
+          }
+          if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
+            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
+            dc_new += to_float(
+                load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
+          }
+          Cell::template backward<typename Op::Math>(saved, h_before, c_before, to_float(kept_values[0]), dh_new,
+                                                     dc_new, d_pre, &dh_before, &dc_before);
           own.dh = dh_before;
           if constexpr (Cell::kHasCell) own.dc = dc_before;
         }
+        own.c_new = c_before;
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) {
           const int piece = Shape::plane(slot) * kPlane + local_unit / kPiece;
@@ -374,11 +421,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           }
         }
       }
-      own.c_new = own.values[parity].c_prev;
       own.row[parity] = own.coming[0];
       own.coming[0] = own.coming[1];
       own.coming[1] = row_of(t + 4 * back, own.sequence, own.length);
-      fetch(own, own.values[parity], t + 2 * back, own.row[parity], own.coming[0]);
+      fetch(turn, own.sequence, t + 2 * back, own.row[parity], own.coming[0]);
     }
   }
 
@@ -386,7 +432,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile > 0 && present_of(tile) <= 0) continue;
     if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
-    const Lane& own = lanes[tile];
+    const BackwardLane& own = lanes[tile];
     if (own.live) {
       const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
       if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);

@@ -18,7 +18,7 @@ template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, b
 struct PersistentForward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
   static constexpr bool kGrid = kGrid_;
   static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
@@ -65,6 +65,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   constexpr int kChains = Shape::kChains, kKept = kept(Cell::kSaved, Cell::kHasCell);
   constexpr int kBytes = sizeof(T);
   constexpr bool kGrid = Shape::kGrid;
+  using Bits = std::conditional_t<kBytes == 2, uint16_t, uint32_t>;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
@@ -154,8 +155,8 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   const Shared<unsigned char> x_to = x_own + ((x_gate * 4 + q) * 8 * kBytes + g % kUnitPieces * 16);
   const auto fetch_x = [&](int turn, int row) {
     if (row >= 0 && x_gate < kGates) {
-      copy_piece<kBytes>(x_to + turn * (Shape::kWarps * kGates * 32 * kBytes), row_at(x_from, row, gate_row),
-                         hidden - x_unit, x_aligned);
+      copy_piece<Bits>(x_to + turn * (Shape::kWarps * kGates * 32 * kBytes), row_at(x_from, row, gate_row),
+                       (hidden - x_unit) * kBytes, x_aligned);
     }
     cp_async_commit();
   };
