@@ -98,9 +98,9 @@ def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPa
     assert compiled(x, 512).tolist() == [0, 0]
 
 
-def point(hidden: int, batch: int, steps: int, ratio: float) -> dict[str, Any]:
-    place = {"cell": "gru", "dtype": "float32", "training": True, "hidden": hidden, "batch": batch, "steps": steps}
-    return {**place, "torch_ms": 1.0, "ours_ms": ratio}
+def point(hidden: int, batch: int, steps: int, ratio: float, variant: str = "plain") -> dict[str, Any]:
+    place = {"cell": "gru", "dtype": "float32", "training": True, "variant": variant}
+    return {**place, "hidden": hidden, "batch": batch, "steps": steps, "torch_ms": 1.0, "ours_ms": ratio}
 
 
 def test_no_rule_reaches_a_point_that_was_lost() -> None:
@@ -130,3 +130,24 @@ def test_boxes_cover_what_was_won_and_nothing_else() -> None:
     won = {(h, b): not (h == 2 and b == 1) for h in (1, 2, 3) for b in (1, 2)}
     covered = {(h, b) for (h0, h1), (b0, b1) in boxes(won) for h, b in won if h0 <= h <= h1 and b0 <= b <= b1}
     assert covered == {key for key, value in won.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"), [("two directions", {"directions": 2}), ("packed", {"packed": True})], ids=str
+)
+@pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.5, 1.1), ()], ids=str)
+def test_variants_need_measurements_of_their_own(variant: str, options: dict[str, Any], ratios: Any) -> None:
+    points = [point(h, b, 16, 0.5) for h in (64, 128) for b in (1, 8)]
+    points += [point(h, 1, 16, ratio, variant) for h, ratio in zip((64, 128), ratios, strict=False)]
+    (rule,) = rules_of(points)
+    plain = request("gru", 64, 1, 16, training=True, dtype=torch.float32)
+    assert thresholds.fits(rule, plain)
+    asked = request("gru", 64, 1, 16, training=True, dtype=torch.float32, **options)
+    assert thresholds.fits(rule, asked) == (ratios == (0.5, 0.5))
+
+
+def test_the_grid_names_every_cell() -> None:
+    from benchmarks.thresholds import grid
+
+    assert {cell for cell, *_ in grid(quick=False)} == set(ops.recurrence.CELLS)
+    assert len(set(grid(quick=True))) < len(set(grid(quick=False)))
