@@ -38,6 +38,7 @@ struct PersistentBackward {
   static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
   static constexpr int kValues = kWeights - 2 * kShape.value_bytes(), kValuePieces = kShape.value_pieces();
   static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kValues - 2 * kGatePiecesSize;
+  static_assert(kGatePieces >= kParts + (kGrid ? 0 : 2 * kPartsSize));
   // Global memory of a team: parts [2][tile][block][from block][group].
   static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
   static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
@@ -72,10 +73,7 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 struct BackwardLane {
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
-  // Of even and odd iterations: one is written out for each, so that no register is copied from one to the next.
-  int row[2];     // -1 where the sequence takes no part
-  int coming[2];  // rows of the next but one iteration and the one after that
-  float dh, dc, c_first, c_new;
+  float dh, dc, c_new;
 };
 
 template <class Shape>
@@ -158,53 +156,58 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int direction_row = direction * static_cast<int>(args.rows.rows);
   const int64_t* offsets = args.rows.offsets;
 
-  const auto row_of = [&](int t, int sequence, int length) {
-    if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
+  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
+  // Step t of a sequence, in rows of the internal arrays and of the caller's.
+  const auto row_of = [&](int t, int sequence) {
     return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  // Pieces of values this lane fetches, for its own column: where they begin in row 0, bytes from row to row, bytes to
-  // the end of a row, and whether rows are those of the step, of the step before (in forward's time), or the caller's.
+  const auto out_row_of = [&](int t, int sequence) {
+    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
+  };
+
+  // Pieces of values this lane fetches, for its own column. Step t of tile i is `step` * t (or offsets[t]) and
+  // `tile` * i bytes from `from`; `traits` has 1 for a piece of the step before (in forward's time), 2 for an aligned
+  // one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
   constexpr TeamShape kTeam = Shape::kShape;
   constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
-  enum Rows { kNone, kOfStep, kBefore, kOuter };
   struct Piece {
     const unsigned char* from;
-    int stride, left;
-    Rows rows;
-    bool aligned;
+    int step, tile, traits;
   } fetched[kFetches];
   SEQATTN_UNROLL
   for (int i = 0; i < kFetches; ++i) {
-    int piece = lane / 2 + 16 * i, unit_bytes = kKept * kBytes;
-    const void* base = args.saved;
-    Rows rows = piece < kValuePieces ? kOfStep : kNone;
-    const int k = piece;
     constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
-    if (k >= kH && k < kC) base = args.h_prev, unit_bytes = kBytes, piece = k - kH;
-    if (k >= kC && k < kD) base = args.cells, unit_bytes = 4, piece = k - kC, rows = kBefore;
-    if (k >= kD && rows != kNone) base = args.d_output, unit_bytes = kBytes, piece = k - kD, rows = kOuter;
-    if (base == nullptr) rows = kNone;
-    const int group_unit = rank * Shape::kUnits + group * kGroupUnits;
-    const int64_t begin = rows == kOuter ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
+    const int k = lane / 2 + 16 * i, group_unit = rank * Shape::kUnits + group * kGroupUnits;
+    const bool is_h = k >= kH && k < kC, is_c = k >= kC && k < kD, is_d = k >= kD;
+    const void* base = is_h ? args.h_prev : is_c ? args.cells : is_d ? args.d_output : args.saved;
+    const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;
+    const int at = (k - (is_h ? kH : is_c ? kC : is_d ? kD : 0)) * 16;
+    const int row_bytes = is_d ? ld_output : hidden * unit_bytes;
+    const int sequence_rows = is_d && offsets == nullptr ? out_batch : 1;
+    const int step_rows = offsets != nullptr ? 1 : is_d ? out_step : batch;
+    const int left = (hidden - group_unit) * unit_bytes - at;
+    const int64_t begin = is_d ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
     Piece& own = fetched[i];
-    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + piece * 16;
-    own.stride = rows == kOuter ? ld_output : hidden * unit_bytes;
-    own.left = (hidden - group_unit) * unit_bytes - piece * 16;
-    own.rows = rows;
-    own.aligned = own.stride % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + at +
+               static_cast<int64_t>(first + column) * sequence_rows * row_bytes;
+    own.step = step_rows * row_bytes;
+    own.tile = columns * sequence_rows * row_bytes;
+    const bool aligned = own.step % 16 == 0 && own.tile % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+    own.traits = (is_c ? 1 : 0) + (aligned ? 2 : 0) + 4 * (1 + (left < 0 ? 0 : left < 16 ? left : 16));
+    if (k >= kValuePieces || base == nullptr) own.traits = 0;
   }
+  BackwardLane lanes[kTiles];
   constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
   const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);
-  // Values of step t, in row `at`; `before` is the row of the step before in forward's time.
-  const auto fetch = [&](int turn, int sequence, int t, int at, int before) {
+  const auto fetch = [&](int turn, int t) {
     SEQATTN_UNROLL
     for (int i = 0; i < kFetches; ++i) {
       const Piece& own = fetched[i];
-      int from = own.rows == kBefore ? before : own.rows == kNone ? -1 : at;
-      if (own.rows == kOuter && at >= 0 && offsets == nullptr) from = t * out_step + sequence * out_batch;
-      if (from >= 0) {
-        copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16, row_at(own.from, from, own.stride),
-                         own.left, own.aligned);
+      const int its_t = own.traits & 1 ? t + back : t, tile = turn % kTiles;
+      if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
+        const int64_t step = offsets != nullptr ? static_cast<int>(offsets[its_t]) : its_t;
+        copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
+                         own.from + step * own.step + tile * own.tile, own.traits / 4 - 1, own.traits & 2);
       }
     }
     cp_async_commit();
@@ -214,7 +217,11 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     const int offset = (local_unit - group * kGroupUnits) * bytes;
     return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
   };
-  BackwardLane lanes[kTiles];
+  // A state of [directions][batch][hidden], or zero.
+  const auto initial = [&](const void* p, const BackwardLane& own) {
+    if (p == nullptr || !own.live) return 0.f;
+    return to_float(static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit]);
+  };
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     BackwardLane& own = lanes[tile];
@@ -225,40 +232,27 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
-    const int64_t place = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
-    const auto initial = [&](const void* p) {
-      return p != nullptr && own.live ? to_float(static_cast<const T*>(p)[place]) : 0.f;
-    };
-    own.dh = initial(args.d_hn);
-    own.dc = Cell::kHasCell ? initial(args.d_cn) : 0.f;
-    own.c_first = Cell::kHasCell ? initial(args.c0) : 0.f;
-    SEQATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      own.row[i] = row_of(start + i * back, own.sequence, own.length);
-      own.coming[i] = row_of(start + (i + 2) * back, own.sequence, own.length);
-    }
+    own.dh = initial(args.d_hn, own);
+    own.dc = Cell::kHasCell ? initial(args.d_cn, own) : 0.f;
     own.c_new = 0;
-    if (Cell::kHasCell && own.live && own.row[0] >= 0) {
-      own.c_new =
-          static_cast<const float*>(args.cells)[static_cast<int64_t>(own.row[0] + direction_row) * hidden + unit];
+    if (Cell::kHasCell && own.live && runs(start, own.length)) {
+      own.c_new = load(static_cast<const float*>(args.cells) +
+                       (static_cast<int64_t>(row_of(start, own.sequence) + direction_row) * hidden + unit));
     }
   }
   SEQATTN_UNROLL
-  for (int turn = 0; turn < 2 * kTiles; ++turn) {
-    const BackwardLane& own = lanes[turn % kTiles];
-    const int odd = turn / kTiles;
-    fetch(turn, own.sequence, start + odd * back, own.row[odd], odd ? own.coming[0] : own.row[1]);
-  }
+  for (int turn = 0; turn < 2 * kTiles; ++turn) fetch(turn, start + turn / kTiles * back);
 
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
   constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
 
-  // The owners of this warp's rows, and where this lane puts and finds things.
-  Remote<unsigned char> owners[kRowTiles];
-  SEQATTN_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) {
-    if constexpr (!kGrid) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  // The owners of this warp's rows: kept where registers allow.
+  constexpr bool kKeepOwners = !kGrid && kGroups <= 2;
+  Remote<unsigned char> owners[kKeepOwners ? kRowTiles : 1];
+  if constexpr (kKeepOwners) {
+    SEQATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
   }
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
@@ -311,11 +305,13 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         float d_pre[kSlots];
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
-        float c_before = own.c_first;
-        if (Cell::kHasCell && own.row[1 - parity] >= 0) {
+        float c_before = 0;
+        if (Cell::kHasCell && runs(t + back, own.length)) {
           c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
+        } else if (Cell::kHasCell && own.live && args.c0 != nullptr) {
+          c_before = initial(args.c0, own);
         }
-        if (own.row[parity] >= 0) {
+        if (runs(t, own.length)) {
           float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
           const Vec<T, kKept> kept_values = load(shared_cast<Vec<T, kKept>>(value_at(turn, 0, kKept * kBytes)));
           SEQATTN_UNROLL
@@ -329,7 +325,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
             dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
           }
           if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
-            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
+            const int out = out_row_of(t, own.sequence);
             dc_new += to_float(
                 load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
           }
@@ -395,7 +391,13 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           } else {
             const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
             const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
-            store_async(remote_cast<Vec<float, 4>>(owners[m] + to), part, remote_cast<Barrier>(owners[m] + counted));
+            Remote<unsigned char> owner;
+            if constexpr (kKeepOwners) {
+              owner = owners[m];
+            } else {
+              owner = map_shared(shared, row_tile / kGroups + keep(0));
+            }
+            store_async(remote_cast<Vec<float, 4>>(owner + to), part, remote_cast<Barrier>(owner + counted));
           }
         }
       }
@@ -407,7 +409,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
         const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
         if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
-          const int to_row = (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + b;
+          const int to_row = row_of(t, b);
           T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, kSlots * hidden * kBytes) +
                   (Shape::slot(piece / kPlane) * hidden + from_unit);
           const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
@@ -421,10 +423,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           }
         }
       }
-      own.row[parity] = own.coming[0];
-      own.coming[0] = own.coming[1];
-      own.coming[1] = row_of(t + 4 * back, own.sequence, own.length);
-      fetch(turn, own.sequence, t + 2 * back, own.row[parity], own.coming[0]);
+      fetch(turn, t + 2 * back);
     }
   }
 

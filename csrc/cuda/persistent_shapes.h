@@ -14,7 +14,7 @@ struct TeamSize {
   int padded;  // hidden units a team can hold
   int blocks;
 };
-inline constexpr TeamSize kClusterSizes[] = {{128, 8}, {256, 8}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
+inline constexpr TeamSize kClusterSizes[] = {{128, 8}, {256, 16}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
 inline constexpr TeamSize kGridSizes[] = {{256, 8}, {512, 16}, {768, 24}, {768, 48}, {1024, 32}, {1024, 64}};
 inline constexpr int kMaxColumnTiles = 2;
 
@@ -61,10 +61,11 @@ struct TeamShape {
   // x gates of a warp's 8 units and 4 columns, of two steps; and a warp's new h.
   constexpr int x_bytes() const { return tiles * warps() * cell.gates * 32 * bytes; }
   constexpr int h_bytes() const { return warps() * 32 * bytes; }
+  constexpr int bias_bytes() const { return cell.slots * units() * 4; }
   constexpr int forward_shared_bytes() const {
     const int used = state_buffers() * state_bytes() + split_buffers() * split_bytes();
     return kBarrierBytes + (used > stage_bytes(cell.gates) ? used : stage_bytes(cell.gates)) + 2 * x_bytes() +
-           h_bytes() + forward_weight_bytes();
+           h_bytes() + bias_bytes() + forward_weight_bytes();
   }
 
   // Backward: a warp has row_tiles() tiles of W_hh transposed, and all of k.
