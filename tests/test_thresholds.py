@@ -73,6 +73,7 @@ def test_which_requests_a_rule_speaks_of(changes: dict[str, Any], fits: bool) ->
 @pytest.mark.parametrize("known", [False, True])
 def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setattr(backends.native, "_cuda_why_not", None)
+    monkeypatch.setattr(backends, "_capabilities", {0: (9, 0)})
     monkeypatch.setattr(thresholds, "_known", {0: (RULE,) if known else ()})
     choose = backends.choose
     assert choose(backends.RECURRENCE, request()) == ("cuda" if known else "torch")
@@ -82,6 +83,15 @@ def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatc
     assert choose(backends.RECURRENCE, request(hidden=512, training=True, eval_backward=True)) == "cuda"
     assert choose(backends.RECURRENCE, request(sequence=False)) == "torch"
     assert choose(backends.RECURRENCE, request(device="cpu")) != "cuda"
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.native, "_cuda_why_not", None)
+    monkeypatch.setattr(backends, "_capabilities", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"need compute capability 8\.0, got 7\.5"):
+        backends.choose(backends.RECURRENCE, request(), "cuda")
+    assert backends.choose(backends.RECURRENCE, request(extras="lengths=")) == "reference"
 
 
 def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
