@@ -4,7 +4,8 @@
 
 Times one layer at every point of a grid of hidden sizes, batch sizes and steps, forward and forward with backward. A
 rule holds for a box of the grid where ours took less than `MARGIN` of torch's time at every corner measured; what lies
-outside stays with torch. Without --out the rules of this GPU are replaced in seqattn_kernels/thresholds.
+outside stays with torch. Two directions and packed sequences are measured at fewer points; a rule speaks of them where
+ours won at each of those inside its box. Without --out this GPU's rules in seqattn_kernels/thresholds are replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from seqattn_kernels import functional, native, thresholds
 
@@ -30,13 +32,14 @@ BATCH = (1, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (16, 128)
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 DTYPES = ("bfloat16", "float32", "float16")
+VARIANTS = ("plain", "two directions", "packed")
 Point = dict[str, Any]
 
 
-def module_of(cell: str, hidden: int) -> nn.RNNBase:
+def module_of(cell: str, hidden: int, bidirectional: bool) -> nn.RNNBase:
     if cell.startswith("rnn"):
-        return nn.RNN(hidden, hidden, nonlinearity=cell[4:])
-    return nn.LSTM(hidden, hidden) if cell == "lstm" else nn.GRU(hidden, hidden)
+        return nn.RNN(hidden, hidden, nonlinearity=cell[4:], bidirectional=bidirectional)
+    return (nn.LSTM if cell == "lstm" else nn.GRU)(hidden, hidden, bidirectional=bidirectional)
 
 
 def milliseconds(function: Any, repeats: int) -> float:
@@ -53,37 +56,50 @@ def milliseconds(function: Any, repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(cell: str, dtype: str, hidden: int, batch: int, steps: int, training: bool, repeats: int) -> Point:
+def measure(
+    cell: str, dtype: str, training: bool, variant: str, hidden: int, batch: int, steps: int, repeats: int
+) -> Point:
     """Milliseconds of torch and of ours, taken in turns."""
-    kind = getattr(torch, dtype)
-    module = module_of(cell, hidden).cuda().to(kind)
+    kind, two = getattr(torch, dtype), variant == "two directions"
+    module = module_of(cell, hidden, two).cuda().to(kind)
     weights: list[Any] = list(module._flat_weights)
     x = torch.randn(steps, batch, hidden, device="cuda", dtype=kind, requires_grad=training)
-    gradient = torch.randn(steps, batch, hidden, device="cuda", dtype=kind)
     options: dict[str, Any] = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
     function = getattr(functional, cell.split("_")[0])
+    given: Any = x
+    if variant == "packed":
+        lengths = torch.linspace(steps, max(steps // 4, 1), batch).long()
+        given = pack_padded_sequence(x, lengths)
+        given = given._replace(data=given.data.detach().requires_grad_(training))
+    x = given.data if variant == "packed" else x
+    gradient = torch.randn(*x.shape[:-1], (1 + two) * hidden, device="cuda", dtype=kind)
 
     def call(backend: str) -> None:
         with torch.set_grad_enabled(training):
-            out, _ = function(x, None, weights, training=True, backend=backend, **options)
+            out, _ = function(given, None, weights, training=True, bidirectional=two, backend=backend, **options)
             if training:
-                torch.autograd.grad(out, [x, *weights], gradient)
+                rows = out.data if variant == "packed" else out
+                torch.autograd.grad(rows, [x, *weights], gradient)
 
     turns = [[milliseconds(lambda: call(name), repeats) for name in ("torch", "cuda")] for _ in range(2)]  # noqa: B023
     theirs, ours = min(t for t, _ in turns), max(o for _, o in turns)  # what speaks against ours
     return {
-        "cell": cell, "dtype": dtype, "training": training, "hidden": hidden, "batch": batch, "steps": steps,
-        "torch_ms": round(theirs, 4), "ours_ms": round(ours, 4),
+        "cell": cell, "dtype": dtype, "training": training, "variant": variant, "hidden": hidden, "batch": batch,
+        "steps": steps, "torch_ms": round(theirs, 4), "ours_ms": round(ours, 4),
     }  # fmt: skip
 
 
-def grid(quick: bool) -> Iterator[tuple[str, str, bool, int, int, int]]:
-    hidden: tuple[int, ...] = HIDDEN[2:] if quick else HIDDEN
-    batch: tuple[int, ...] = BATCH[::3] if quick else BATCH
+def grid(quick: bool) -> Iterator[tuple[str, str, bool, str, int, int, int]]:
+    """What is measured. Variants of a kind of layer stand together, so that running out of time costs few rules."""
     cells: tuple[str, ...] = CELLS[:2] if quick else CELLS
-    for cell, dtype, training in itertools.product(cells, DTYPES, (False, True)):
-        for point in itertools.product(hidden, batch, STEPS):
-            yield cell, dtype, training, *point
+    for cell, dtype, training, variant in itertools.product(cells, DTYPES, (False, True), VARIANTS):
+        coarse = quick or variant != "plain"
+        for point in itertools.product(HIDDEN[2::2] if coarse else HIDDEN, BATCH[::3] if coarse else BATCH, STEPS):
+            yield cell, dtype, training, variant, *point
+
+
+def won(p: Point) -> bool:
+    return bool(p["ours_ms"] < MARGIN * p["torch_ms"])
 
 
 def wins(points: list[Point], steps: int) -> dict[tuple[int, int], bool]:
@@ -92,7 +108,7 @@ def wins(points: list[Point], steps: int) -> dict[tuple[int, int], bool]:
     for p in points:
         if p["steps"] >= steps:
             key = p["hidden"], p["batch"]
-            found[key] = found.get(key, True) and p["ours_ms"] < MARGIN * p["torch_ms"]
+            found[key] = found.get(key, True) and won(p)
     return found
 
 
@@ -115,17 +131,35 @@ def boxes(won: dict[tuple[int, int], bool]) -> list[tuple[tuple[int, int], tuple
     return found
 
 
+def variant_won(points: list[Point], variant: str, rule: dict[str, Any]) -> bool:
+    """Whether a variant was measured inside a rule's box, and ours won wherever it was."""
+
+    def inside(p: Point, name: str) -> bool:
+        least, most = rule[name]
+        return least <= p[name] and (most is None or p[name] <= most)
+
+    found = [
+        p for p in points if p["variant"] == variant and all(inside(p, name) for name in ("hidden", "batch", "steps"))
+    ]
+    return bool(found) and all(won(p) for p in found)
+
+
 def rules_of(points: list[Point]) -> list[dict[str, Any]]:
     """The rules that the measurements allow, as `seqattn_kernels.thresholds` reads them."""
     rules: list[dict[str, Any]] = []
     for cell, dtype, training in itertools.product(CELLS, DTYPES, (False, True)):
-        own = [p for p in points if (p["cell"], p["dtype"], p["training"]) == (cell, dtype, training)]
+        same = [p for p in points if (p["cell"], p["dtype"], p["training"]) == (cell, dtype, training)]
+        own = [p for p in same if p["variant"] == "plain"]
         for steps in sorted({p["steps"] for p in own}):
             for hidden, batch in boxes(wins(own, steps)):
                 rule = {
                     "cells": [cell], "dtypes": [dtype], "training": [training],
                     "hidden": list(hidden), "batch": list(batch), "steps": [steps, None],
                 }  # fmt: skip
+                if variant_won(same, "two directions", rule):
+                    rule["directions"] = [1, 2]
+                if variant_won(same, "packed", rule):
+                    rule["packed"] = [False, True]
                 shorter = [{**r, "steps": rule["steps"]} for r in rules]
                 if rule not in shorter:
                     rules.append(rule)
@@ -150,8 +184,7 @@ def main() -> int:
         if time.monotonic() > end:
             print(f"thresholds: out of time after {len(points)} points", file=sys.stderr)
             break
-        cell, dtype, training, hidden, batch, steps = place
-        points.append(measure(cell, dtype, hidden, batch, steps, training, arguments.repeats))
+        points.append(measure(*place, arguments.repeats))
     gpu = torch.cuda.get_device_name()
     if arguments.points:
         arguments.points.write_text("[\n" + ",\n".join(json.dumps(p) for p in points) + "\n]\n")

@@ -99,7 +99,18 @@ def _cuda_why_not(request: Request) -> str | None:
         return f"the CUDA kernels take CUDA tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CUDA kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return None
+    return _too_old(request.device.index)
+
+
+_capabilities: dict[int | None, tuple[int, int]] = {}  # by the device's index; asking torch takes a microsecond
+
+
+@torch.compiler.assume_constant_result
+def _too_old(index: int | None) -> str | None:
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    major, minor = _capabilities[index]
+    return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, got {major}.{minor}"
 
 
 def _cuda_worth_it(request: Request) -> bool:

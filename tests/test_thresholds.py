@@ -73,6 +73,7 @@ def test_which_requests_a_rule_speaks_of(changes: dict[str, Any], fits: bool) ->
 @pytest.mark.parametrize("known", [False, True])
 def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setattr(backends.native, "_cuda_why_not", None)
+    monkeypatch.setattr(backends, "_capabilities", {0: (9, 0)})
     monkeypatch.setattr(thresholds, "_known", {0: (RULE,) if known else ()})
     choose = backends.choose
     assert choose(backends.RECURRENCE, request()) == ("cuda" if known else "torch")
@@ -82,6 +83,15 @@ def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatc
     assert choose(backends.RECURRENCE, request(hidden=512, training=True, eval_backward=True)) == "cuda"
     assert choose(backends.RECURRENCE, request(sequence=False)) == "torch"
     assert choose(backends.RECURRENCE, request(device="cpu")) != "cuda"
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.native, "_cuda_why_not", None)
+    monkeypatch.setattr(backends, "_capabilities", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"need compute capability 8\.0, got 7\.5"):
+        backends.choose(backends.RECURRENCE, request(), "cuda")
+    assert backends.choose(backends.RECURRENCE, request(extras="lengths=")) == "reference"
 
 
 def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +108,9 @@ def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPa
     assert compiled(x, 512).tolist() == [0, 0]
 
 
-def point(hidden: int, batch: int, steps: int, ratio: float) -> dict[str, Any]:
-    place = {"cell": "gru", "dtype": "float32", "training": True, "hidden": hidden, "batch": batch, "steps": steps}
-    return {**place, "torch_ms": 1.0, "ours_ms": ratio}
+def point(hidden: int, batch: int, steps: int, ratio: float, variant: str = "plain") -> dict[str, Any]:
+    place = {"cell": "gru", "dtype": "float32", "training": True, "variant": variant}
+    return {**place, "hidden": hidden, "batch": batch, "steps": steps, "torch_ms": 1.0, "ours_ms": ratio}
 
 
 def test_no_rule_reaches_a_point_that_was_lost() -> None:
@@ -130,3 +140,24 @@ def test_boxes_cover_what_was_won_and_nothing_else() -> None:
     won = {(h, b): not (h == 2 and b == 1) for h in (1, 2, 3) for b in (1, 2)}
     covered = {(h, b) for (h0, h1), (b0, b1) in boxes(won) for h, b in won if h0 <= h <= h1 and b0 <= b <= b1}
     assert covered == {key for key, value in won.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"), [("two directions", {"directions": 2}), ("packed", {"packed": True})], ids=str
+)
+@pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.5, 1.1), ()], ids=str)
+def test_variants_need_measurements_of_their_own(variant: str, options: dict[str, Any], ratios: Any) -> None:
+    points = [point(h, b, 16, 0.5) for h in (64, 128) for b in (1, 8)]
+    points += [point(h, 1, 16, ratio, variant) for h, ratio in zip((64, 128), ratios, strict=False)]
+    (rule,) = rules_of(points)
+    plain = request("gru", 64, 1, 16, training=True, dtype=torch.float32)
+    assert thresholds.fits(rule, plain)
+    asked = request("gru", 64, 1, 16, training=True, dtype=torch.float32, **options)
+    assert thresholds.fits(rule, asked) == (ratios == (0.5, 0.5))
+
+
+def test_the_grid_names_every_cell() -> None:
+    from benchmarks.thresholds import grid
+
+    assert {cell for cell, *_ in grid(quick=False)} == set(ops.recurrence.CELLS)
+    assert len(set(grid(quick=True))) < len(set(grid(quick=False)))

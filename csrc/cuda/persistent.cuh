@@ -12,7 +12,6 @@
 // (4 * (c % 2) + c / 2) ^ (piece % 4): a warp reads pieces without bank conflicts and writes 64 contiguous bytes.
 #pragma once
 
-#include <bit>
 #include <type_traits>
 
 #include "../cells/registry.h"
@@ -24,9 +23,15 @@ namespace seqattn::gpu {
 
 using Words4 = Vec<uint32_t, 4>;
 
+template <class Cell>
+constexpr CellSize cell_size() {
+  return {Cell::kGates, Cell::kSlots, kept(Cell::kSaved, Cell::kHasCell), Cell::kHasCell};
+}
+
 // T with the mma of its type.
 template <class T>
 struct Operand {
+  using Math = std::conditional_t<std::is_same_v<T, bfloat16>, BriefMath, FastMath>;
   static constexpr int kPiece = 16 / sizeof(T);
   static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k16<T>(d, a, b);
@@ -39,6 +44,7 @@ struct Operand {
 };
 template <>
 struct Operand<float> {
+  using Math = FastMath;
   static constexpr int kPiece = 4;
   static SEQATTN_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k8(d, a, b);
@@ -47,20 +53,20 @@ struct Operand<float> {
   static SEQATTN_DEVICE uint32_t weight_bits(uint32_t x) { return to_tf32(bits_float(x)); }
 };
 
-// The bits of a number as memory has them, in a register of their own: loaded early, converted late. Pairs of shorter
-// types the compiler would pack at once, and so wait for the loads.
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-template <class T>
-SEQATTN_DEVICE uint32_t load_bits(const T* from) {
-  return load(reinterpret_cast<const Bits<T>*>(from));
-}
-template <class T>
-SEQATTN_DEVICE float from_bits(uint32_t bits) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    return bits_float(bits << 16);
+// Copies 16 bytes of a row that ends `left` bytes from here to shared memory, with zeros past its end: behind the
+// thread's back where it can, else element by element. Ends with cp_async_commit() and cp_async_wait().
+template <class Element>
+SEQATTN_DEVICE void copy_piece(Shared<unsigned char> to, const void* from, int left, bool aligned) {
+  if (aligned && (left >= 16 || left <= 0)) {
+    cp_async<16>(shared_cast<Words4>(to), static_cast<const Words4*>(from), left > 0);
   } else {
-    return to_float(std::bit_cast<T>(static_cast<Bits<T>>(bits)));
+    constexpr int kSize = sizeof(Element);
+    SEQATTN_UNROLL
+    for (int i = 0; i < 16 / kSize; ++i) {
+      Element element{};
+      if (i * kSize < left) element = load(static_cast<const Element*>(from) + i);
+      store(shared_cast<Element>(to) + i, element);
+    }
   }
 }
 

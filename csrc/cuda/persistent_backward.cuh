@@ -21,7 +21,7 @@ template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, b
 struct PersistentBackward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
   static constexpr bool kGrid = kGrid_;
   static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
@@ -30,12 +30,15 @@ struct PersistentBackward {
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
   static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
 
-  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; weights.
+  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; values
+  // [2][tile][warp][piece][2 columns]; weights.
   static constexpr int kBarriers = 0;
   static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
   static constexpr int kSharedBytes = kShape.backward_shared_bytes();
   static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
-  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kWeights - 2 * kGatePiecesSize;
+  static constexpr int kValues = kWeights - 2 * kShape.value_bytes(), kValuePieces = kShape.value_pieces();
+  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kValues - 2 * kGatePiecesSize;
+  static_assert(kGatePieces >= kParts + (kGrid ? 0 : 2 * kPartsSize));
   // Global memory of a team: parts [2][tile][block][from block][group].
   static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
   static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
@@ -67,20 +70,10 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 }
 
 // What a lane keeps of its unit and its column of a tile from step to step.
-template <class Cell, class T>
 struct BackwardLane {
-  struct Values {  // of a step, as forward left them
-    Vec<T, kept(Cell::kSaved, Cell::kHasCell)> saved;
-    uint32_t h_prev, d_output;  // bits
-    float c_prev;
-  };
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
-  // Of even and odd iterations: one is written out for each, so that no register is copied from one to the next.
-  int row[2];     // -1 where the sequence takes no part
-  int coming[2];  // rows of the next but one iteration and the one after that
-  float dh, dc, c_first, c_new;
-  Values values[2];
+  float dh, dc, c_new;
 };
 
 template <class Shape>
@@ -89,7 +82,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   using Op = Operand<T>;
-  using Lane = BackwardLane<Cell, T>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
   constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
@@ -157,71 +150,109 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
   const int unit = rank * Shape::kUnits + local_unit;
   const int column = 2 * split + lane % 2;
-  const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
   const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
   const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
-  const Vec<T, kKept>* saved_rows = static_cast<const Vec<T, kKept>*>(args.saved) + direction_row + unit;
-  const T* h_prev_rows = static_cast<const T*>(args.h_prev) + direction_row + unit;
-  const float* cell_rows = static_cast<const float*>(args.cells) + direction_row + unit;
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
-  const T* d_output = static_cast<const T*>(args.d_output) + direction * hidden + unit;
-  const T* d_cells = static_cast<const T*>(args.d_cell_rows) + direction * hidden + unit;
+  const int direction_row = direction * static_cast<int>(args.rows.rows);
   const int64_t* offsets = args.rows.offsets;
 
-  const auto row_of = [&](int t, int sequence, int length) {
-    if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
+  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
+  // Step t of a sequence, in rows of the internal arrays and of the caller's.
+  const auto row_of = [&](int t, int sequence) {
     return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  // Values of step t, in row `at`; `before` is the row of the step before t in forward's time.
-  const auto fetch = [&](const Lane& own, typename Lane::Values& values, int t, int at, int before) {
-    values.c_prev = own.c_first;
-    if (at >= 0) {
-      values.saved = load(row_at(saved_rows, at, hidden * kKept * kBytes));
-      values.h_prev = load_bits(row_at(h_prev_rows, at, hidden * kBytes));
-      const int out = offsets != nullptr ? at : t * out_step + own.sequence * out_batch;
-      if (has_d_output) values.d_output = load_bits(row_at(d_output, out, ld_output));
-    }
-    if (Cell::kHasCell && before >= 0) values.c_prev = load(row_at(cell_rows, before, hidden * 4));
+  const auto out_row_of = [&](int t, int sequence) {
+    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
   };
-  Lane lanes[kTiles];
+
+  // Pieces of values this lane fetches, for its own column. Step t of tile i is `step` * t (or offsets[t]) and
+  // `tile` * i bytes from `from`; `traits` has 1 for a piece of the step before (in forward's time), 2 for an aligned
+  // one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
+  constexpr TeamShape kTeam = Shape::kShape;
+  constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
+  struct Piece {
+    const unsigned char* from;
+    int step, tile, traits;
+  } fetched[kFetches];
+  SEQATTN_UNROLL
+  for (int i = 0; i < kFetches; ++i) {
+    constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
+    const int k = lane / 2 + 16 * i, group_unit = rank * Shape::kUnits + group * kGroupUnits;
+    const bool is_h = k >= kH && k < kC, is_c = k >= kC && k < kD, is_d = k >= kD;
+    const void* base = is_h ? args.h_prev : is_c ? args.cells : is_d ? args.d_output : args.saved;
+    const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;
+    const int at = (k - (is_h ? kH : is_c ? kC : is_d ? kD : 0)) * 16;
+    const int row_bytes = is_d ? ld_output : hidden * unit_bytes;
+    const int sequence_rows = is_d && offsets == nullptr ? out_batch : 1;
+    const int step_rows = offsets != nullptr ? 1 : is_d ? out_step : batch;
+    const int left = (hidden - group_unit) * unit_bytes - at;
+    const int64_t begin = is_d ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
+    Piece& own = fetched[i];
+    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + at +
+               static_cast<int64_t>(first + column) * sequence_rows * row_bytes;
+    own.step = step_rows * row_bytes;
+    own.tile = columns * sequence_rows * row_bytes;
+    const bool aligned = own.step % 16 == 0 && own.tile % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+    own.traits = (is_c ? 1 : 0) + (aligned ? 2 : 0) + 4 * (1 + (left < 0 ? 0 : left < 16 ? left : 16));
+    if (k >= kValuePieces || base == nullptr) own.traits = 0;
+  }
+  BackwardLane lanes[kTiles];
+  constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
+  const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);
+  const auto fetch = [&](int turn, int t) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < kFetches; ++i) {
+      const Piece& own = fetched[i];
+      const int its_t = own.traits & 1 ? t + back : t, tile = turn % kTiles;
+      if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
+        const int64_t step = offsets != nullptr ? static_cast<int>(offsets[its_t]) : its_t;
+        copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
+                         own.from + step * own.step + tile * own.tile, own.traits / 4 - 1, own.traits & 2);
+      }
+    }
+    cp_async_commit();
+  };
+  // This lane's value of `bytes` in the pieces from `first` on: of 16 units for each of two columns.
+  const auto value_at = [&](int turn, int first, int bytes) {
+    const int offset = (local_unit - group * kGroupUnits) * bytes;
+    return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
+  };
+  // A state of [directions][batch][hidden], or zero.
+  const auto initial = [&](const void* p, const BackwardLane& own) {
+    if (p == nullptr || !own.live) return 0.f;
+    return to_float(static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit]);
+  };
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    Lane& own = lanes[tile];
+    BackwardLane& own = lanes[tile];
     own.present = column < present_of(tile);
     own.live = own.present && unit < hidden;
     own.sequence = first + tile * columns + column;
     own.length = 0;
-    if (own.live) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
-    const int64_t place = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
-    const auto initial = [&](const void* p) {
-      return p != nullptr && own.live ? to_float(static_cast<const T*>(p)[place]) : 0.f;
-    };
-    own.dh = initial(args.d_hn);
-    own.dc = Cell::kHasCell ? initial(args.d_cn) : 0.f;
-    own.c_first = Cell::kHasCell ? initial(args.c0) : 0.f;
-    SEQATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      own.row[i] = row_of(start + i * back, own.sequence, own.length);
-      own.coming[i] = row_of(start + (i + 2) * back, own.sequence, own.length);
-      own.values[i] = typename Lane::Values{};
+    own.dh = initial(args.d_hn, own);
+    own.dc = Cell::kHasCell ? initial(args.d_cn, own) : 0.f;
+    own.c_new = 0;
+    if (Cell::kHasCell && own.live && runs(start, own.length)) {
+      own.c_new = load(static_cast<const float*>(args.cells) +
+                       (static_cast<int64_t>(row_of(start, own.sequence) + direction_row) * hidden + unit));
     }
-    fetch(own, own.values[0], start, own.row[0], own.row[1]);
-    fetch(own, own.values[1], start + back, own.row[1], own.coming[0]);
-    own.c_new = Cell::kHasCell && own.row[0] >= 0 ? load(row_at(cell_rows, own.row[0], hidden * 4)) : 0.f;
   }
+  SEQATTN_UNROLL
+  for (int turn = 0; turn < 2 * kTiles; ++turn) fetch(turn, start + turn / kTiles * back);
 
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
   constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
-  T* d_gates = static_cast<T*>(args.d_gates) + direction_row * kSlots;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
 
-  // The owners of this warp's rows, and where this lane puts and finds things.
-  Remote<unsigned char> owners[kRowTiles];
-  SEQATTN_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) {
-    if constexpr (!kGrid) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  // The owners of this warp's rows: kept where registers allow.
+  constexpr bool kKeepOwners = !kGrid && kGroups <= 2;
+  Remote<unsigned char> owners[kKeepOwners ? kRowTiles : 1];
+  if constexpr (kKeepOwners) {
+    SEQATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
   }
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
@@ -260,32 +291,50 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     SEQATTN_UNROLL
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
-      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
-      Lane& own = lanes[tile];
+      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
+        cp_async_commit();  // one group for each turn
+        continue;
+      }
+      BackwardLane& own = lanes[tile];
       if (e > 0) add_parts(e - 1, 1 - parity, tile);
 
+      cp_async_wait<2 * kTiles - 1>();
+      warp_sync();
       const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
       if (2 * split < present_of(tile)) {
         float d_pre[kSlots];
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
-        if (own.row[parity] >= 0) {
-          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0;
+        float c_before = 0;
+        if (Cell::kHasCell && runs(t + back, own.length)) {
+          c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
+        } else if (Cell::kHasCell && own.live && args.c0 != nullptr) {
+          c_before = initial(args.c0, own);
+        }
+        if (runs(t, own.length)) {
+          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
+          const Vec<T, kKept> kept_values = load(shared_cast<Vec<T, kKept>>(value_at(turn, 0, kKept * kBytes)));
           SEQATTN_UNROLL
-          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(own.values[parity].saved[i]);
-          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
-          const float dh_new = has_d_output ? own.dh + from_bits<T>(own.values[parity].d_output) : own.dh;
-          float dc_new = own.dc;
-          if (has_d_cells) {  // rare: not worth registers to fetch it early
-            const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
-            dc_new += to_float(load(row_at(d_cells, out, ld_cell)));
+          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(kept_values[i]);
+          if constexpr (kTeam.h_pieces() > 0) {
+            h_before = to_float(load(shared_cast<T>(value_at(turn, kTeam.kept_pieces(), kBytes))));
           }
-          Cell::template backward<FastMath>(saved, from_bits<T>(own.values[parity].h_prev), own.values[parity].c_prev,
-                                            to_float(own.values[parity].saved[0]), dh_new, dc_new, d_pre, &dh_before,
-                                            &dc_before);
+          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
+          float dh_new = own.dh, dc_new = own.dc;
+          if (has_d_output) {
+            dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
+          }
+          if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
+            const int out = out_row_of(t, own.sequence);
+            dc_new += to_float(
+                load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
+          }
+          Cell::template backward<typename Op::Math>(saved, h_before, c_before, to_float(kept_values[0]), dh_new,
+                                                     dc_new, d_pre, &dh_before, &dc_before);
           own.dh = dh_before;
           if constexpr (Cell::kHasCell) own.dc = dc_before;
         }
+        own.c_new = c_before;
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) {
           const int piece = Shape::plane(slot) * kPlane + local_unit / kPiece;
@@ -342,7 +391,13 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           } else {
             const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
             const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
-            store_async(remote_cast<Vec<float, 4>>(owners[m] + to), part, remote_cast<Barrier>(owners[m] + counted));
+            Remote<unsigned char> owner;
+            if constexpr (kKeepOwners) {
+              owner = owners[m];
+            } else {
+              owner = map_shared(shared, row_tile / kGroups + keep(0));
+            }
+            store_async(remote_cast<Vec<float, 4>>(owner + to), part, remote_cast<Barrier>(owner + counted));
           }
         }
       }
@@ -354,9 +409,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
         const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
         if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
-          const int to_row = (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + b;
-          T* to =
-              row_at(d_gates, to_row, kSlots * hidden * kBytes) + (Shape::slot(piece / kPlane) * hidden + from_unit);
+          const int to_row = row_of(t, b);
+          T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, kSlots * hidden * kBytes) +
+                  (Shape::slot(piece / kPlane) * hidden + from_unit);
           const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
           if (vectors) {
             store(reinterpret_cast<Words4*>(to), load(shared_cast<Words4>(from)));
@@ -368,11 +423,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
           }
         }
       }
-      own.c_new = own.values[parity].c_prev;
-      own.row[parity] = own.coming[0];
-      own.coming[0] = own.coming[1];
-      own.coming[1] = row_of(t + 4 * back, own.sequence, own.length);
-      fetch(own, own.values[parity], t + 2 * back, own.row[parity], own.coming[0]);
+      fetch(turn, t + 2 * back);
     }
   }
 
@@ -380,7 +431,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile > 0 && present_of(tile) <= 0) continue;
     if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
-    const Lane& own = lanes[tile];
+    const BackwardLane& own = lanes[tile];
     if (own.live) {
       const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
       if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);

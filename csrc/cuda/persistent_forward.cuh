@@ -18,7 +18,7 @@ template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, b
 struct PersistentForward {
   using Cell = Cell_;
   using T = T_;
-  static constexpr TeamShape kShape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
   static constexpr bool kGrid = kGrid_;
   static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
   static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
@@ -27,12 +27,17 @@ struct PersistentForward {
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
   static constexpr int kPiece = Operand<T>::kPiece, kPieces = kPadded / kPiece;
 
-  // Shared memory, in bytes: barriers; state [2 or 1][tile] and parts [2 or 1]; weights.
+  // Shared memory, in bytes: barriers; state [2 or 1][tile]; parts [2 or 1]; x gates
+  // [2][tile][warp][gate][4 columns][8 units]; new h [warp][4 columns][8 units]; bias [slot][unit];
+  // weights.
   static constexpr int kBarriers = 0;
   static constexpr int kState = TeamShape::kBarrierBytes, kStateSize = kShape.state_bytes();
   static constexpr int kParts = kState + kShape.state_buffers() * kStateSize, kPartsSize = kShape.split_bytes();
   static constexpr int kSharedBytes = kShape.forward_shared_bytes();
   static constexpr int kWeights = kSharedBytes - kShape.forward_weight_bytes();
+  static constexpr int kBias = kWeights - kShape.bias_bytes(), kNewState = kBias - kShape.h_bytes();
+  static constexpr int kX = kNewState - 2 * kShape.x_bytes(), kXSize = kShape.x_bytes();
+  static_assert(kX >= kParts + kShape.split_buffers() * kPartsSize);
   // Global memory of a team: h [2][tile].
   static constexpr int kTileWords = kPieces * 8, kExchangeWords = 2 * kColumnTiles * kTileWords;
 
@@ -40,45 +45,11 @@ struct PersistentForward {
   static constexpr int kChains = kGates == 1 ? 2 : 1;
 };
 
-// Gathers the 16 bytes of a piece, in lane order along 4 * kPiece lanes apart by 4, into each of them.
-template <class T>
-SEQATTN_DEVICE Words4 gather_piece(float h, int lane) {
-  Words4 piece;
-  if constexpr (sizeof(T) == 2) {
-    const bool odd = lane & 4;
-    const float other = shuffle_xor(h, 4);
-    const uint32_t word = odd ? pack<T>(other, h) : pack<T>(h, other);
-    const uint32_t word2 = shuffle_xor(word, 8);
-    const uint32_t low = lane & 8 ? word2 : word, high = lane & 8 ? word : word2;
-    const uint32_t low2 = shuffle_xor(low, 16), high2 = shuffle_xor(high, 16);
-    const bool second = lane & 16;
-    piece[0] = second ? low2 : low;
-    piece[1] = second ? high2 : high;
-    piece[2] = second ? low : low2;
-    piece[3] = second ? high : high2;
-  } else {
-    const uint32_t word = to_tf32(h), word2 = shuffle_xor(word, 4);
-    const uint32_t low = lane & 4 ? word2 : word, high = lane & 4 ? word : word2;
-    const uint32_t low2 = shuffle_xor(low, 8), high2 = shuffle_xor(high, 8);
-    const bool second = lane & 8;
-    piece[0] = second ? low2 : low;
-    piece[1] = second ? high2 : high;
-    piece[2] = second ? low : low2;
-    piece[3] = second ? high : high2;
-  }
-  return piece;
-}
-
 // What a lane keeps of its unit and its column of a tile from step to step.
-template <class Cell, class T>
 struct ForwardLane {
   bool present, live;  // a sequence is there; and the unit exists
   int sequence, length;
-  // Of even and odd steps: a step is written out for each, so that no register is copied from one to the next.
-  int row[2];  // -1 where the sequence takes no part
-  int coming;  // row of the next but one step
   float h, c;
-  uint32_t x[2][Cell::kGates];  // bits
 };
 
 template <class Shape>
@@ -92,6 +63,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   constexpr int kChains = Shape::kChains, kKept = kept(Cell::kSaved, Cell::kHasCell);
   constexpr int kBytes = sizeof(T);
   constexpr bool kGrid = Shape::kGrid;
+  using Bits = std::conditional_t<kBytes == 2, uint16_t, uint32_t>;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
@@ -166,53 +138,64 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   const int unit = group_unit + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
   const int gate_row = kGates * hidden * kBytes;
-  const T* x_gates = static_cast<const T*>(args.x_gates) + direction * args.rows.rows * kGates * hidden + unit;
+  const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
   const int64_t* offsets = args.rows.offsets;
-  const auto row_of = [&](int t, int sequence, int length) {
-    if (static_cast<unsigned>(t) >= static_cast<unsigned>(length)) return -1;
+  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
+  // Step t of a sequence, in rows of the internal arrays and of the caller's.
+  const auto row_of = [&](int t, int sequence) {
     return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
-  const auto load_x = [&](uint32_t (&x)[kGates], int row) {
-    const T* from = row_at(x_gates, row, gate_row);
-    SEQATTN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
-      if (row >= 0) x[gate] = load_bits(from + gate * hidden);
-    }
+  const auto out_row_of = [&](int t, int sequence) {
+    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
   };
+  // Fetches x gates of step t for this lane's column: each lane a piece of a gate's 8 units.
+  constexpr int kUnitPieces = 8 / kPiece;
+  const int x_gate = g / kUnitPieces, x_unit = group_unit + 8 * (split / 2) + g % kUnitPieces * kPiece;
+  const bool x_aligned = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.x_gates) % 16 == 0;
+  const T* x_from = static_cast<const T*>(args.x_gates) +
+                    (direction * args.rows.rows * kGates + x_gate) * static_cast<int64_t>(hidden) + x_unit;
+  const Shared<unsigned char> x_own = shared + (Shape::kX + warp * (kGates * 32 * kBytes));
+  const Shared<unsigned char> x_to = x_own + ((x_gate * 4 + q) * 8 * kBytes + g % kUnitPieces * 16);
+  ForwardLane lanes[kTiles];
+  const auto fetch_x = [&](int turn, int t) {
+    const ForwardLane& own = lanes[turn % kTiles];
+    if (x_gate < kGates && runs(t, own.length)) {
+      copy_piece<Bits>(x_to + turn * (Shape::kWarps * kGates * 32 * kBytes),
+                       row_at(x_from, row_of(t, own.sequence), gate_row), (hidden - x_unit) * kBytes, x_aligned);
+    }
+    cp_async_commit();
+  };
+  // In registers, or where these are short, in shared memory.
+  constexpr bool kKeepBias = Shape::kGroups <= 2;
   float bias[kSlots];
+  const Shared<float> bias_there = shared_cast<float>(shared + Shape::kBias) + (unit - rank * Shape::kUnits);
   SEQATTN_UNROLL
   for (int slot = 0; slot < kSlots; ++slot) {
     bias[slot] = args.bias != nullptr && unit < hidden
                      ? static_cast<const float*>(args.bias)[(direction * kSlots + slot) * hidden + unit]
                      : 0.f;
+    if (!kKeepBias && q == 0 && split % 2 == 0) store(bias_there + slot * Shape::kUnits, bias[slot]);
   }
-  ForwardLane<Cell, T> lanes[kTiles];
+  if constexpr (!kKeepBias) block_sync();
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    ForwardLane<Cell, T>& own = lanes[tile];
+    ForwardLane& own = lanes[tile];
     own.present = column < present_of(tile);
     own.live = own.present && unit < hidden;
     own.sequence = first + tile * columns + column;
     own.length = 0;
-    if (own.live) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
     const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
     own.h = own.live && h0 != nullptr ? to_float(h0[at]) : 0.f;
     own.c = Cell::kHasCell && own.live && args.c0 != nullptr ? to_float(static_cast<const T*>(args.c0)[at]) : 0.f;
-    SEQATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      own.row[i] = row_of(start + i * forth, own.sequence, own.length);
-      SEQATTN_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) own.x[i][gate] = 0;
-      load_x(own.x[i], own.row[i]);
-    }
-    own.coming = row_of(start + 2 * forth, own.sequence, own.length);
   }
+  SEQATTN_UNROLL
+  for (int turn = 0; turn < 2 * kTiles; ++turn) fetch_x(turn, start + turn / kTiles * forth);
 
   const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
   const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
-  const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
   T* output = static_cast<T*>(args.output_rows) + direction * hidden + unit;
   T* cell_rows = args.cell_rows == nullptr ? nullptr : static_cast<T*>(args.cell_rows) + direction * hidden + unit;
   T* h_prev = static_cast<T*>(args.h_prev) + direction_row + unit;
@@ -243,12 +226,17 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
     }
   }
 
+  const bool taking_turns = kTiles > 1 && present_of(kTiles - 1) > 0;
+  const Shared<T> new_state = shared_cast<T>(shared + (Shape::kNewState + warp * (32 * kBytes)));
   for (int even = 0; even < steps; even += 2) {
     SEQATTN_UNROLL
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, s = even + parity, t = start + s * forth;
-      if (s >= steps || (tile > 0 && present_of(tile) <= 0)) continue;
-      ForwardLane<Cell, T>& own = lanes[tile];
+      if (s >= steps || (tile > 0 && present_of(tile) <= 0)) {
+        cp_async_commit();  // one group for each turn
+        continue;
+      }
+      ForwardLane& own = lanes[tile];
       if (s > 0) {
         if constexpr (kGrid) {
           grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(s) * kBlocks);
@@ -304,7 +292,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
       }
 
       // Accumulator r of all four warps goes to warp r of the group.
-      const int at_parts = kGrid ? 0 : parity * kPartsFloats + tile * (Shape::kWarps * kSplit * kPart);
+      const int at_parts = (taking_turns ? tile : parity) * kPartsFloats;
       SEQATTN_UNROLL
       for (int r = 0; r < kSplit; ++r) {
         if (r == split) continue;
@@ -319,13 +307,19 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
           for (int gate = 0; gate < kGates; ++gate) store(to + gate * 32, sum[0][gate][r]);
         }
       }
+      cp_async_wait<2 * kTiles - 1>();
       named_barrier_sync(1 + group, 32 * kSplit);
 
+      const bool valid = runs(t, own.length);
       float pre[kSlots], saved[Cell::kSaved ? Cell::kSaved : 1];
       SEQATTN_UNROLL
       for (int slot = 0; slot < kSlots; ++slot) {
-        pre[slot] = bias[slot];
-        if (slot < kGates) pre[slot] += from_bits<T>(own.x[parity][Cell::x_gate(slot)]);
+        pre[slot] = kKeepBias ? bias[slot] : load(bias_there + slot * Shape::kUnits);
+        if (slot < kGates && valid) {
+          const T x = load(shared_cast<T>(x_own + turn * (Shape::kWarps * kGates * 32 * kBytes)) +
+                           ((Cell::x_gate(slot) * 4 + q) * 8 + g));
+          pre[slot] += to_float(x);
+        }
         if (slot >= kSlots - kGates) {
           const float (&mine)[4] = sum[0][slot - (kSlots - kGates)];
           pre[slot] += split < 2 ? (split == 0 ? mine[0] : mine[1]) : (split == 2 ? mine[2] : mine[3]);
@@ -345,16 +339,21 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
       }
 
       const float h_before = own.h;
-      const bool valid = own.row[parity] >= 0;
       float h_new, c_new;
-      Cell::template forward<FastMath>(pre, own.h, own.c, &h_new, &c_new, saved);
+      Cell::template forward<typename Op::Math>(pre, own.h, own.c, &h_new, &c_new, saved);
       if (valid) {
         own.h = Op::round(h_new);
         if constexpr (Cell::kHasCell) own.c = c_new;
       }
 
       if (s + 1 < steps) {
-        const Words4 piece = gather_piece<T>(own.h, lane);
+        if constexpr (kBytes == 4) {
+          store(new_state + (q * 8 + g), bits_float(to_tf32(own.h)));
+        } else {
+          store(new_state + (q * 8 + g), from_float<T>(own.h));
+        }
+        warp_sync();
+        const Words4 piece = load(shared_cast<Words4>(new_state) + (q * kUnitPieces + g / kPiece));
         if constexpr (kGrid) {
           if (g % kPiece == 0) {
             store_coherent(exchange + ((1 - parity) * kTiles + tile) * Shape::kTileWords + own_place, piece);
@@ -373,8 +372,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
       }
 
       if (own.live && (valid || offsets == nullptr)) {
-        const int at = offsets != nullptr ? own.row[parity] : t * batch + own.sequence;
-        const int out = offsets != nullptr ? own.row[parity] : t * out_step + own.sequence * out_batch;
+        const int at = row_of(t, own.sequence), out = out_row_of(t, own.sequence);
         store(row_at(output, out, ld_output), from_float<T>(valid ? own.h : 0.f));
         if constexpr (Cell::kHasCell) {
           if (cell_rows != nullptr) store(row_at(cell_rows, out, ld_cell), from_float<T>(valid ? own.c : 0.f));
@@ -390,15 +388,14 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
           }
         }
       }
-      load_x(own.x[parity], own.coming);
-      own.row[parity] = own.coming;
-      own.coming = row_of(t + 3 * forth, own.sequence, own.length);
+      warp_sync();  // all lanes have read the x gates and the new h
+      fetch_x(turn, t + 2 * forth);
     }
   }
 
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    const ForwardLane<Cell, T>& own = lanes[tile];
+    const ForwardLane& own = lanes[tile];
     if (own.live) {
       const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
       static_cast<T*>(args.hn)[at] = from_float<T>(own.h);

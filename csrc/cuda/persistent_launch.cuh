@@ -82,7 +82,7 @@ const char* start(const Plan& plan, const Args& args, void* workspace, Stream st
 template <template <class, class, int, int, int, bool> class Kind, class Cell, class T, int kPadded, int kBlocks,
           bool kGrid, int kTiles, class Args, class Choice>
 const char* start_any(const Plan& plan, const Args& args, void* workspace, Stream stream, Choice kernel) {
-  constexpr TeamShape shape{Cell::kGates, Cell::kSlots, sizeof(T), kPadded, kBlocks, kTiles, kGrid};
+  constexpr TeamShape shape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks, kTiles, kGrid};
   if constexpr (kTiles > kMaxColumnTiles || !shape.fits()) {
     return kTiles > 1 ? kTooMany : kUnknown;
   } else {

@@ -14,13 +14,20 @@ struct TeamSize {
   int padded;  // hidden units a team can hold
   int blocks;
 };
-inline constexpr TeamSize kClusterSizes[] = {{128, 8}, {256, 8}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
+inline constexpr TeamSize kClusterSizes[] = {{128, 8}, {256, 16}, {384, 8}, {512, 16}, {768, 16}, {1024, 16}};
 inline constexpr TeamSize kGridSizes[] = {{256, 8}, {512, 16}, {768, 24}, {768, 48}, {1024, 32}, {1024, 64}};
 inline constexpr int kMaxColumnTiles = 2;
 
-// A kernel of a cell with `gates` and `slots`, elements of `bytes`, 8 * tiles sequences a team.
+// What of a cell decides sizes; `kept` is kept() of recurrence.h.
+struct CellSize {
+  int gates, slots, kept;
+  bool has_cell;
+};
+
+// A kernel of a cell with elements of `bytes`, 8 * tiles sequences a team.
 struct TeamShape {
-  int gates, slots, bytes, padded, blocks, tiles;
+  CellSize cell;
+  int bytes, padded, blocks, tiles;
   bool grid;  // exchanges through global memory
 
   constexpr int units() const { return padded / blocks; }  // of a block
@@ -41,40 +48,54 @@ struct TeamShape {
 
   // Forward: a warp has a tile of each gate; the four of a group share the sum over k.
   constexpr int forward_pairs() const { return padded / (kSplit * 4 * piece()); }
-  constexpr int forward_held() const { return least(forward_pairs(), spare_registers() / (8 * gates)); }
+  constexpr int forward_held() const { return least(forward_pairs(), spare_registers() / (8 * cell.gates)); }
   constexpr int state_bytes() const { return tiles * padded / piece() * 128; }
   // A grid's state is double buffered in global memory, and its block barriers leave the sums' parts one user at a
   // time.
   constexpr int state_buffers() const { return grid ? 1 : 2; }
-  constexpr int split_bytes() const { return (grid ? 1 : tiles) * warps() * kSplit * gates * 128; }
+  constexpr int split_bytes() const { return warps() * kSplit * cell.gates * 128; }
   constexpr int split_buffers() const { return grid ? 1 : 2; }
-  constexpr int forward_weight_bytes() const { return warps() * (forward_pairs() - forward_held()) * gates * 1024; }
+  constexpr int forward_weight_bytes() const {
+    return warps() * (forward_pairs() - forward_held()) * cell.gates * 1024;
+  }
+  // x gates of a warp's 8 units and 4 columns, of two steps; and a warp's new h.
+  constexpr int x_bytes() const { return tiles * warps() * cell.gates * 32 * bytes; }
+  constexpr int h_bytes() const { return warps() * 32 * bytes; }
+  constexpr int bias_bytes() const { return cell.slots * units() * 4; }
   constexpr int forward_shared_bytes() const {
     const int used = state_buffers() * state_bytes() + split_buffers() * split_bytes();
-    return kBarrierBytes + (used > stage_bytes(gates) ? used : stage_bytes(gates)) + forward_weight_bytes();
+    return kBarrierBytes + (used > stage_bytes(cell.gates) ? used : stage_bytes(cell.gates)) + 2 * x_bytes() +
+           h_bytes() + bias_bytes() + forward_weight_bytes();
   }
 
   // Backward: a warp has row_tiles() tiles of W_hh transposed, and all of k.
   constexpr int row_tiles() const { return blocks / kSplit; }
   constexpr int plane() const { return units() / piece(); }  // pieces of a slot
-  constexpr int backward_pairs() const { return (gates * plane() + 3) / 4; }
+  constexpr int backward_pairs() const { return (cell.gates * plane() + 3) / 4; }
   // Accumulators of many tiles take their share of the registers.
   constexpr int backward_held() const {
     const int spare = spare_registers() - (row_tiles() > 4 ? 4 * (row_tiles() - 4) : 0);
     return spare < 0 ? 0 : least(backward_pairs(), spare / (8 * row_tiles()));
   }
   constexpr int gate_pieces() const {
-    return slots * plane() > 4 * backward_pairs() ? slots * plane() : 4 * backward_pairs();
+    return cell.slots * plane() > 4 * backward_pairs() ? cell.slots * plane() : 4 * backward_pairs();
   }
   constexpr int part_bytes() const { return blocks * groups() * tiles * 512; }
   constexpr int gate_bytes() const { return tiles * gate_pieces() * 128; }
   constexpr int backward_weight_bytes() const {
     return warps() * (backward_pairs() - backward_held()) * row_tiles() * 1024;
   }
+  // Values forward left for a warp's 16 units and 2 columns, of two steps, in pieces: those kept, h before (only a cell
+  // without cell state asks for it), the cell state before, the gradient of the output.
+  constexpr int kept_pieces() const { return cell.kept * bytes; }
+  constexpr int h_pieces() const { return cell.has_cell || cell.kept == 1 ? 0 : bytes; }
+  constexpr int cell_pieces() const { return cell.has_cell ? 4 : 0; }
+  constexpr int value_pieces() const { return kept_pieces() + h_pieces() + cell_pieces() + bytes; }
+  constexpr int value_bytes() const { return tiles * warps() * 2 * value_pieces() * 16; }
   constexpr int backward_shared_bytes() const {
     const int used = grid ? 0 : 2 * part_bytes();  // a grid's parts are in global memory
     return kBarrierBytes + (used > stage_bytes(row_tiles()) ? used : stage_bytes(row_tiles())) + 2 * gate_bytes() +
-           backward_weight_bytes();
+           2 * value_bytes() + backward_weight_bytes();
   }
 
   // What weights of a warp's `count` tiles pass through when a block starts, kStageTiles at a time.

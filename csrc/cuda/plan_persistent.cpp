@@ -9,13 +9,14 @@
 namespace seqattn::gpu {
 namespace {
 
-struct CellSize {
+struct NamedCell {
   const char* name;
-  int gates, slots;
+  CellSize size;
 };
-#define SEQATTN_CELL_SIZE(Cell) {Cell::kName, Cell::kGates, Cell::kSlots},
-constexpr CellSize kCells[] = {SEQATTN_FOR_EACH_CELL(SEQATTN_CELL_SIZE)};
-#undef SEQATTN_CELL_SIZE
+#define SEQATTN_NAMED_CELL(Cell) \
+  {Cell::kName, {Cell::kGates, Cell::kSlots, kept(Cell::kSaved, Cell::kHasCell), Cell::kHasCell}},
+constexpr NamedCell kCells[] = {SEQATTN_FOR_EACH_CELL(SEQATTN_NAMED_CELL)};
+#undef SEQATTN_NAMED_CELL
 
 Plan refused(std::string why_not) {
   Plan plan;
@@ -36,7 +37,7 @@ Plan accepted(Kernel kernel, const PlanRequest& request, const Device& device, T
   plan.batch_columns = batch.tiles * batch.columns;
   plan.smem_bytes = request.backward ? shape.backward_shared_bytes() : shape.forward_shared_bytes();
   plan.weight_registers =
-      request.backward ? shape.backward_held() * shape.row_tiles() * 8 : shape.forward_held() * shape.gates * 8;
+      request.backward ? shape.backward_held() * shape.row_tiles() * 8 : shape.forward_held() * shape.cell.gates * 8;
   if (shape.grid) {
     const int64_t all = static_cast<int64_t>(request.directions) * plan.clusters;
     const int64_t rounds = (batch.teams + plan.clusters - 1) / plan.clusters;
@@ -47,8 +48,7 @@ Plan accepted(Kernel kernel, const PlanRequest& request, const Device& device, T
 }
 
 TeamShape shape_of(const PlanRequest& request, const TeamSize& size, bool grid) {
-  const CellSize cell = kCells[request.cell];
-  return {cell.gates, cell.slots, request.dtype == DType::kFloat32 ? 4 : 2, size.padded, size.blocks, 1, grid};
+  return {kCells[request.cell].size, request.dtype == DType::kFloat32 ? 4 : 2, size.padded, size.blocks, 1, grid};
 }
 
 constexpr const char* kNeedsTf32 = "products of float32 would be rounded to tf32, which isn't allowed";
