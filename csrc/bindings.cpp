@@ -88,4 +88,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("projected") = false, py::arg("allow_tf32") = true,
       "The plan for a device of compute capability sm (90 for 9.0), its multiprocessors, the bytes of shared memory a "
       "block can have, and the blocks of its largest cluster (1: none). dtype: 'float32', 'bfloat16'...");
+  m.def(
+      "decoder_why_not",
+      [](const std::string& cell, const std::string& dtype, int64_t source, int64_t hidden, int64_t attention,
+         int64_t value, int sm, int sm_count, int smem_per_block, int max_cluster) {
+        return seqattn::gpu::decoder_why_not(
+            {seqattn::gpu::cell_number(cell), seqattn::gpu::dtype_number(dtype), source, hidden, attention, value},
+            {sm, sm_count, smem_per_block, max_cluster});
+      },
+      py::arg("cell"), py::arg("dtype"), py::arg("source"), py::arg("hidden"), py::arg("attention"), py::arg("value"),
+      py::arg("sm"), py::arg("sm_count"), py::arg("smem_per_block"), py::arg("max_cluster"),
+      "Why no cluster of this device can run an attentional decoder of S, H, A and D; empty where one can.");
 }

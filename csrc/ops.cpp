@@ -94,4 +94,13 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def(
       "normalize_bwd(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
       "-> Tensor");
+  // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
+  m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");
+  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
+  // summed over s with `reduce`. `mask` is boolean [B, S].
+  m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");
+  // Results: gradients of inner and input.
+  m.def(
+      "feature_bwd(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, Tensor? lengths, "
+      "Tensor? mask, bool reduce) -> (Tensor, Tensor)");
 }

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from seqattn_kernels import native, thresholds
+from seqattn_kernels import native, ops, thresholds
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class DecoderRequest:
     device: torch.device
     dtype: torch.dtype
     unserved: str | None  # an option that one operator for all steps doesn't have
+    cuda_unserved: str | None = None  # what else the CUDA kernel doesn't have
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,20 @@ def _by_name_only(request: Any) -> bool:
     return False
 
 
+def _triton_attention_why_not(request: AttentionRequest) -> str | None:
+    if request.device.type != "cuda":
+        return f"the Triton kernels take CUDA tensors, got {request.device}"
+    if ops.attention_cuda.why_not() is not None:
+        return ops.attention_cuda.why_not()
+    if request.dtype not in _TRITON_DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, got {request.dtype}"
+    if request.mask_gradient:
+        return "the Triton kernels have no gradient for a mask"
+    if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < _TRITON_CAPABILITY:
+        return "the Triton kernels need a GPU of compute capability 8.0 or later"
+    return None
+
+
 def _torch_why_not(request: Request) -> str | None:
     return None if request.extras is None else f"torch's own function has no {request.extras}"
 
@@ -125,6 +142,14 @@ def decoder_why_not(request: DecoderRequest) -> str | None:
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
     return None if request.unserved is None else f"the operator of all steps doesn't have {request.unserved}"
+
+
+def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
+    if request.device.type != "cuda":
+        return f"the decoder's kernel takes CUDA tensors, got {request.device}"
+    if request.unserved is not None:
+        return f"the decoder's kernel doesn't have {request.unserved}"
+    return request.cuda_unserved
 
 
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
@@ -146,12 +171,14 @@ RECURRENCE: Sequence[Backend] = (
 
 ATTENTION: Sequence[Backend] = (
     Backend("cpu", _cpu_attention_why_not),
+    Backend("triton", _triton_attention_why_not),
     Backend("reference", _never),
 )
 
 # All steps in one operator; a step at a time from the package's cells and attention; plain torch.
 DECODER: Sequence[Backend] = (
     Backend("cpu", decoder_why_not),
+    Backend("cuda", _cuda_decoder_why_not),
     Backend("composed", _never),
     Backend("reference", _reference_decoder_why_not),
 )

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "seqattn_kernels"
 BELOW = {
     "reference": set(),
     "native": set(),
-    "ops": {"native", "reference"},
+    "kernels": set(),
+    "ops": {"kernels", "native", "reference"},
     "thresholds": set(),
     "backends": {"native", "ops", "thresholds"},
     "functional": {"backends", "native", "ops", "reference"},

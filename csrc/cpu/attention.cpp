@@ -35,9 +35,10 @@ void forward(Problem<T>& problem) {
     args.row = round_up(args.S, kKeyBlock);
     Scratch<T> rows(args.B * args.T_ * args.row);
     args.rows = rows.get();
+    args.context_chunk = kContextChunk;
     args.key_chunk = std::max<int64_t>(1, args.blocks() * items / (4 * threads));
     Queue scores(items * ceil_div(args.blocks(), args.key_chunk), threads), softmax(args.B * args.T_, threads),
-        context(items * ceil_div(args.D, kContextChunk), threads);
+        context(items * ceil_div(args.D, args.context_chunk), threads);
     run_gang(threads, [&](Gang& gang) {
       T* own = scratch.get() + gang.rank * each;
       scores.drain([&](int64_t begin, int64_t end) { kernel.scores(args, begin, end, own); });

@@ -8,9 +8,8 @@
 
 namespace seqattn {
 
-inline constexpr int64_t kKeyBlock = 16;      // keys side by side in the packed layout, whatever the vector width
-inline constexpr int64_t kTileRows = 12;      // queries that share one pass over a block of keys
-inline constexpr int64_t kContextChunk = 64;  // columns of the context an item of a split tile computes
+inline constexpr int64_t kKeyBlock = 16;  // keys side by side in the packed layout, whatever the vector width
+inline constexpr int64_t kTileRows = 12;  // queries that share one pass over a block of keys
 
 // Always inlined: units of different instruction sets include this.
 #define SEQATTN_HERE inline __attribute__((always_inline))
@@ -48,7 +47,9 @@ struct AttentionArgs {
   // Split forward: scores then weights of every row, rows padded to `row` elements; each entry once per (b, t).
   T* rows;
   int64_t row;
-  int64_t key_chunk;  // key blocks per item of `scores`
+  int64_t key_chunk;      // key blocks per item of `scores`
+  int64_t context_chunk;  // columns an item of `context` computes
+  bool by_weight;         // `context` alone: keys without weight are not there, whatever the masks
 
   // Backward.
   const T* d_weights;      // [B, T, S] gradient of the weights

@@ -28,6 +28,9 @@ using MaybeTensor = std::optional<Tensor>;
 // Score elements a thread should have before another is called in (some microseconds of work).
 inline constexpr int64_t kElementsPerThread = 1 << 17;
 
+// Columns of the context of a tile that a thread should have where tiles are split.
+inline constexpr int64_t kContextChunk = 64;
+
 template <class T>
 inline constexpr ScalarType kScalarType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
 

@@ -231,6 +231,42 @@ Gradients bwd(const Tensor& d_scores_, const Tensor& query, const Tensor& keys, 
   return {d_query, d_keys, d_v, d_features, d_weight};
 }
 
+template <class T>
+Tensor context(const Tensor& weights_, const Tensor& values_) {
+  const Tensor weights = dense(weights_), values = dense(values_);
+  check_tensor("weights", weights, kScalarType<T>, {-1, -1, -1});
+  check_tensor("values", values, kScalarType<T>, {weights.size(0), weights.size(2), -1});
+  AttentionArgs<T> args{};
+  args.B = weights.size(0);
+  args.T_ = weights.size(1);
+  args.S = weights.size(2);
+  args.D = values.size(2);
+  args.values = data_of<T>(values);
+  args.rows = data_of<T>(weights);
+  args.row = args.S;
+  args.by_weight = true;
+  Tensor out = torch::stable::new_empty(values, {args.B, args.T_, args.D});
+  args.context = data_of<T>(out);
+  if (!out.numel()) return out;
+  const int64_t useful = args.B * args.T_ * args.S * args.D / kElementsPerThread + 1;
+  const int threads = int(std::min<int64_t>(useful, torch::stable::get_num_threads()));
+  const int64_t each = round_up(forward_scratch(args), 64 / int64_t(sizeof(T)));
+  Scratch<T> scratch(each * threads);
+  const int64_t tiles = args.B * args.tiles();
+  args.context_chunk = tiles < 4 * threads ? kContextChunk : args.D;
+  Queue queue(tiles * ceil_div(args.D, args.context_chunk), threads);
+  run_gang(threads, [&](Gang& gang) {
+    queue.drain([&](int64_t begin, int64_t end) {
+      attention_kernels<T>().context(args, begin, end, scratch.get() + gang.rank * each);
+    });
+  });
+  return out;
+}
+
+Tensor context_fwd_cpu(Tensor weights, Tensor values) {
+  return by_type(weights, [&](auto zero) { return context<decltype(zero)>(weights, values); });
+}
+
 Tensor scores_fwd_cpu(std::string kind, Tensor query, Tensor keys, MaybeTensor v, MaybeTensor features,
                       MaybeTensor feature_weight, MaybeTensor lengths) {
   check_kind(kind);
@@ -257,6 +293,7 @@ Gradients scores_bwd_cpu(std::string kind, Tensor d_scores, Tensor query, Tensor
 STABLE_TORCH_LIBRARY_IMPL(seqattn, CPU, m) {
   m.impl("scores_fwd", TORCH_BOX(&scores_fwd_cpu));
   m.impl("scores_bwd", TORCH_BOX(&scores_bwd_cpu));
+  m.impl("context_fwd", TORCH_BOX(&context_fwd_cpu));
 }
 
 }  // namespace seqattn

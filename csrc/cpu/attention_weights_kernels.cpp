@@ -9,12 +9,34 @@ namespace {
 template <class T>
 inline constexpr T kInfinity = T(__builtin_inf());
 
-template <class T>
-SEQATTN_INLINE T by_halves(Vec<T> v) {
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Counted : Counted<N - 1, N - 1, I...> {};
+template <int... I>
+struct Counted<0, I...> {
+  using type = Lanes<I...>;
+};
+
+// v with lanes whose numbers differ in the bit `step` exchanged.
+template <class T, int step, int... I>
+SEQATTN_INLINE Vec<T> exchange(Vec<T> v, Lanes<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ step)...);
+}
+
+// The sum (the largest, NaNs aside) of all lanes, in all lanes; by halves, so that the order is the same everywhere.
+template <class T, int step = kLanes<T> / 2>
+SEQATTN_INLINE Vec<T> sum_all(Vec<T> v) {
+  if constexpr (step > 0) return sum_all<T, step / 2>(v + exchange<T, step>(v, typename Counted<kLanes<T>>::type{}));
+  return v;
+}
+template <class T, int step = kLanes<T> / 2>
+SEQATTN_INLINE Vec<T> max_all(Vec<T> v) {
+  if constexpr (step > 0) {
+    const Vec<T> other = exchange<T, step>(v, typename Counted<kLanes<T>>::type{});
+    return max_all<T, step / 2>(other > v ? other : v);
   }
-  return v[0];
+  return v;
 }
 
 template <class T>
@@ -46,6 +68,14 @@ struct BytesOf<double> {
 // All ones in the lanes whose byte is not zero; reads the first n bytes.
 template <class T>
 SEQATTN_INLINE IntVec<T> load_flags(const uint8_t* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16(n >= kLanes<T> ? (1u << kLanes<T>)-1 : (1u << n) - 1), p);
+  if constexpr (sizeof(T) == 4) {
+    return (IntVec<T>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes) != IntVec<T>{};
+  } else {
+    return (IntVec<T>)_mm512_maskz_cvtepu8_epi64(0xff, bytes) != IntVec<T>{};
+  }
+#else
   typename BytesOf<T>::type bytes{};
   if (n >= kLanes<T>) {
     __builtin_memcpy(&bytes, p, sizeof(bytes));
@@ -53,21 +83,30 @@ SEQATTN_INLINE IntVec<T> load_flags(const uint8_t* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
   }
   return __builtin_convertvector(bytes, IntVec<T>) != IntVec<T>{};
+#endif
+}
+
+template <class T, int... I>
+SEQATTN_INLINE IntVec<T> lane_numbers(Lanes<I...>) {
+  return IntVec<T>{I...};
 }
 
 // All ones in the lanes below n.
 template <class T>
 SEQATTN_INLINE IntVec<T> first_lanes(int64_t n) {
-  IntVec<T> lane;
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  return lane < IntVec<T>{} + static_cast<decltype(lane[0] + 0)>(n < kLanes<T> ? n : kLanes<T>);
+  using I = decltype(IntVec<T>{}[0] + 0);
+  return lane_numbers<T>(typename Counted<kLanes<T>>::type{}) < IntVec<T>{} + I(n < kLanes<T> ? n : kLanes<T>);
 }
 
 template <class T>
 SEQATTN_INLINE bool any_lane(IntVec<T> v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)v, (__m512i)v) != 0;
+#else
   bool any = false;
   for (int i = 0; i < kLanes<T>; ++i) any |= v[i] != 0;
   return any;
+#endif
 }
 
 // The mask of one row.
@@ -122,7 +161,7 @@ SEQATTN_INLINE bool masked_row(const WeightArgs<T>& args, const RowMask<T>& mask
     largest = x > largest ? x : largest;
     store_partial(row + s, x, left);
   }
-  *top = max_lanes<T>(largest);
+  *top = max_all<T>(largest)[0];
   return masked ? any_lane<T>(seen) : S > 0;
 }
 
@@ -148,11 +187,11 @@ SEQATTN_INLINE bool softmax(T* row, int64_t S, T top) {
     sum += e;
     store_partial(row + s, e, S - s);
   }
-  const T total = by_halves<T>(sum);
+  const Vec<T> inverse = T(1) / sum_all<T>(sum);
   for (int64_t s = 0; s < S; s += kLanes<T>) {
-    store_partial(row + s, load_partial(row + s, S - s) / total, S - s);
+    store_partial(row + s, load_partial(row + s, S - s) * inverse, S - s);
   }
-  return total != total;
+  return inverse[0] != inverse[0];
 }
 
 // Sets the row to its distance from `top`, times `factor`; true where that is NaN somewhere.
@@ -183,10 +222,10 @@ SEQATTN_INLINE bool sparsemax(T* row, int64_t S, T top) {
       sum += x > bound ? x : Vec<T>{};
       count += x > bound ? broadcast(T(1)) : Vec<T>{};
     }
-    const T now = by_halves<T>(count);
+    const T now = sum_all<T>(count)[0];
     if (!(now < above)) break;
     above = now;
-    tau = (by_halves<T>(sum) - 1) / now;
+    tau = (sum_all<T>(sum)[0] - 1) / now;
   }
   for (int64_t s = 0; s < S; s += kLanes<T>) {
     const Vec<T> x = load_row(row, s, S) - tau;
@@ -207,7 +246,7 @@ SEQATTN_INLINE bool entmax15(T* row, int64_t S, T top) {
       squares += d * d;
       sum += d;
     }
-    const T next = tau + (by_halves<T>(squares) - 1) / (2 * by_halves<T>(sum));
+    const T next = tau + (sum_all<T>(squares)[0] - 1) / (2 * sum_all<T>(sum)[0]);
     if (!(next > tau)) break;
     tau = next;
   }
@@ -283,7 +322,7 @@ void backward(const WeightArgs<T>& args, int64_t begin, int64_t end) {
         bottom += root;
       }
     }
-    const T mean = by_halves<T>(top) / (kind == Normalizer::softmax ? T(1) : by_halves<T>(bottom));
+    const T mean = sum_all<T>(top)[0] / (kind == Normalizer::softmax ? T(1) : sum_all<T>(bottom)[0]);
     for (int64_t s = 0; s < S; s += W) {
       const Vec<T> w = load_partial(weights + s, S - s);
       Vec<T> d = load_partial(d_weights + s, S - s);

@@ -94,10 +94,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
   a.mask = whole<bool>("mask", mask, x_gates, ScalarType::Bool, {B, S});
   a.h0 = whole("h0", h0, x_gates, type, {B, H});
   a.c0 = whole("c0", c0, x_gates, type, {B, H});
-  if (S == 0) fail("keys: expected source steps, got ", shape_of(keys));
   const int64_t shared_limit = device_of(device).smem_per_block;
-  if (device_of(device).max_cluster < 16) fail("device: expected one with clusters of 16 blocks (sm_90 or sm_100)");
-  if (const char* reason = decoder_why_not(a, shared_limit)) fail(reason);
+  const std::string reason = decoder_why_not({a.cell, a.dtype, S, H, A, D}, device_of(device));
+  if (!reason.empty()) fail(reason);
 
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) fail("no current CUDA stream");
@@ -118,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
   a.cn = cell.has_cell ? cn.mutable_data_ptr() : nullptr;
   a.contexts = contexts.mutable_data_ptr();
   a.weights = weights.mutable_data_ptr();
-  if (const char* reason = decoder_forward(a, shared_limit, stream)) fail(reason);
+  if (const char* error = decoder_forward(a, shared_limit, stream)) fail(error);
   return {output, hn, cn, contexts, weights};
 }
 

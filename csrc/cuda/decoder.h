@@ -40,9 +40,8 @@ struct DecoderForward {
   void *hn, *cn;   // T [B][H]; cn null without a cell state
 };
 
-// Null, or why this size can't be served by a cluster (static storage). `shared_limit`: bytes a block may use.
-const char* decoder_why_not(const DecoderForward& args, int64_t shared_limit);
-// Null on success, else a message (static storage) and nothing launched.
+// For sizes that decoder_why_not (plan.h) has nothing against; `shared_limit`: bytes a block may use. Null on success,
+// else a message (static storage) and nothing launched.
 const char* decoder_forward(const DecoderForward& args, int64_t shared_limit, void* stream);
 
 }  // namespace seqattn::gpu

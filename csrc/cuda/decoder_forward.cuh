@@ -50,10 +50,10 @@ struct ClusterDecoder {
   static constexpr int kQueryWeights = kEnergy + 256 * 4;
   static constexpr int kContextWeights = kQueryWeights + kWarps * kHiddenPairs * 2 * 512;
   static constexpr int kScores = kContextWeights + kWarps * kValuePairs * kGates * 2 * 512;
-  static int64_t shared_bytes(int64_t source, int parts) {
+  static constexpr int64_t shared_bytes(int64_t source, int parts) {
     return kScores + (parts + 1) * round_to_four(source) * 4 + int64_t(kWarps) * 256 * 4;
   }
-  static SEQATTN_CELL int64_t round_to_four(int64_t n) { return (n + 3) / 4 * 4; }
+  static SEQATTN_CELL constexpr int64_t round_to_four(int64_t n) { return (n + 3) / 4 * 4; }
 };
 
 // One bound of a column's range that `parts` blocks share in multiples of 8.

@@ -1,13 +1,27 @@
+#include <array>
+#include <atomic>
+
 #include "decoder_forward.cuh"
+#include "plan.h"
 
 namespace seqattn::gpu {
 namespace {
 
-// Longest of the sizes the instances below hold.
-constexpr int64_t kMostHidden = 512, kMostValue = 512;
+// Clusters the current device holds at once, asked for once: a block has a multiprocessor to itself.
+template <class Shape>
+int clusters_of(const Launch& l) {
+  static std::array<std::atomic<int>, 64> known{};
+  const int device = current_device();
+  if (device >= static_cast<int>(known.size())) return resident_clusters(cluster_decoder_forward<Shape>, l);
+  int clusters = known[device];
+  if (clusters == 0) known[device] = clusters = resident_clusters(cluster_decoder_forward<Shape>, l);
+  return clusters;
+}
 
 template <class Shape>
 const char* start(const DecoderForward& args, int64_t shared_limit, Stream stream) {
+  constexpr DecoderShape kShape{Shape::kHidden, Shape::kValue};
+  static_assert(Shape::shared_bytes(100, 2) == decoder_shared_bytes(kShape, Shape::kGates, Shape::kSlots, 100, 2));
   Launch l{.block = Shape::kThreads, .cluster = Shape::kCluster};
   const auto shape = [&](int columns) {
     l.grid = static_cast<int>((args.batch + columns - 1) / columns) * Shape::kCluster;
@@ -16,7 +30,7 @@ const char* start(const DecoderForward& args, int64_t shared_limit, Stream strea
   // As few columns a cluster as let all clusters run at once: each then has more blocks for its attention.
   shape(Shape::kColumns);
   if (static_cast<int64_t>(l.shared_bytes) > shared_limit) return "S: expected fewer source steps";
-  const int resident = resident_clusters(cluster_decoder_forward<Shape>, l);
+  const int resident = clusters_of<Shape>(l);
   if (resident == 0) return "no cluster of 16 blocks fits this device";
   int columns = Shape::kColumns;
   for (int fewer = 1; fewer < Shape::kColumns; fewer *= 2) {
@@ -33,7 +47,7 @@ const char* start(const DecoderForward& args, int64_t shared_limit, Stream strea
 
 template <class Cell, class T>
 const char* with_size(const DecoderForward& args, int64_t shared_limit, Stream stream) {
-  if (args.hidden <= 256 && args.attention <= 256) {
+  if (args.hidden <= kSmallDecoder.hidden && args.attention <= kSmallDecoder.hidden) {
     return start<ClusterDecoder<Cell, T, 2, 4, 8>>(args, shared_limit, stream);
   }
   return start<ClusterDecoder<Cell, T, 4, 4, 4>>(args, shared_limit, stream);
@@ -47,19 +61,7 @@ const char* with_type(const DecoderForward& args, int64_t shared_limit, Stream s
 
 }  // namespace
 
-const char* decoder_why_not(const DecoderForward& args, int64_t shared_limit) {
-  if (args.dtype != DType::kBFloat16 && args.dtype != DType::kFloat16) return "dtype: expected bfloat16 or float16";
-  if (args.hidden > kMostHidden || args.attention > kMostHidden) return "H and A: expected at most 512";
-  if (args.value > kMostValue) return "D: expected at most 512";
-  if (args.attention % 8 || args.value % 8) return "A and D: expected multiples of 8";
-  // The largest instance's need; the smaller one's is less.
-  using Largest = ClusterDecoder<Lstm, bfloat16, 4, 4, 4>;
-  if (Largest::shared_bytes(args.source, 2) > shared_limit) return "S: expected fewer source steps";
-  return nullptr;
-}
-
 const char* decoder_forward(const DecoderForward& args, int64_t shared_limit, void* stream) {
-  if (const char* reason = decoder_why_not(args, shared_limit)) return reason;
   if (args.batch == 0) return nullptr;
   const Stream on = static_cast<Stream>(stream);
   int number = 0;

@@ -71,7 +71,8 @@ inline void product(const Problem& p, SplitFactors& split_factors, const Matrix&
   const Products products = p.products();
   int64_t depth = 0;
   for (const Matrix& m : left) depth += depth_of(m);
-  if (p.dtype == DType::kFloat32 && p.allow_tf32 && double(out.rows) * double(out.columns) * double(depth) > kSplitFrom) {
+  if (p.dtype == DType::kFloat32 && p.allow_tf32 &&
+      double(out.rows) * double(out.columns) * double(depth) > kSplitFrom) {
     products.multiply_to_sum(products.view(out), split_factors.factor(left, true), split_factors.factor(right, false));
     return;
   }

@@ -55,6 +55,30 @@ Plan plan_cooperative(const PlanRequest& request, const Device& device);
 // The plan for this device: a persistent kernel where one fits, else stepwise with the reason in why_not.
 Plan plan_recurrence(const PlanRequest& request, const Device& device);
 
+// Sizes of an attentional decoder as DecoderForward (decoder.h) has them.
+struct DecoderSizes {
+  int cell;
+  DType dtype;
+  int64_t source, hidden, attention, value;
+};
+// What an instance of the decoder kernel holds: padded H (and A) and D, both multiples of 128.
+struct DecoderShape {
+  int hidden, value;
+};
+inline constexpr DecoderShape kSmallDecoder{256, 512}, kLargeDecoder{512, 512};
+inline constexpr int kDecoderCluster = 16;
+
+// Bytes of shared memory a block takes, `parts` of which share a sequence's attention. decoder_forward.cuh lays it out.
+constexpr int64_t decoder_shared_bytes(DecoderShape shape, int gates, int slots, int64_t source, int parts) {
+  const int64_t warps = shape.hidden / 64;
+  const int64_t state = 128 + (2 * shape.hidden + shape.value) * 16, sums = warps * 3 * (slots + 1) * 128 + 2 * 1024;
+  const int64_t weights = warps * (shape.hidden + gates * shape.value) * 8;
+  return state + sums + weights + (parts + 1) * ((source + 3) / 4 * 4) * 4 + warps * 1024;
+}
+
+// Why no cluster can run this decoder; empty where one can.
+std::string decoder_why_not(const DecoderSizes& sizes, const Device& device);
+
 // Names as Python has them; an unknown one throws std::invalid_argument.
 const char* name_of(Kernel kernel);
 int cell_number(const std::string& name);

@@ -113,7 +113,10 @@ def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: boo
         f"more than {ops.decoder.MAX_LAYERS} layers": len(decoder.layers) > ops.decoder.MAX_LAYERS,
     }
     unserved = next((reason for reason, holds in reasons.items() if holds), None)
-    return backends.DecoderRequest(input.device, input.dtype, unserved)
+    cuda_unserved = None
+    if input.device.type == "cuda" and unserved is None:
+        cuda_unserved = ops.decoder_cuda.why_not(decoder.spec, _tensors(decoder, input, state), decoder.weights)
+    return backends.DecoderRequest(input.device, input.dtype, unserved, cuda_unserved)
 
 
 def run_decoder(
@@ -137,6 +140,10 @@ def run_decoder(
     dtype = input.dtype
     if name == "cpu" and dtype in _WIDE:
         found: Any = _native(decoder, input, state)
+    elif name == "cuda":
+        return _finish(
+            state, *ops.decoder_cuda.attention_decoder(decoder.spec, _tensors(decoder, input, state), decoder.weights)
+        )
     else:
         t, weights = _tensors(decoder, input, state), decoder.weights
         if dtype not in _WIDE:
@@ -149,7 +156,12 @@ def run_decoder(
                 decoder.spec, *t[:9], weights, t.w_query, t.b_query, t.v, t.w_output, t.b_output
             )
     results: Any = found if dtype in _WIDE else [t if t is None else t.to(dtype) for t in found]
-    hidden, c_n, contexts, attention, attentional = results
+    return _finish(state, *results)
+
+
+def _finish(
+    state: DecoderState, hidden: Tensor, c_n: Tensor | None, contexts: Tensor, attention: Tensor, attentional: Any
+) -> DecoderOutput:
     end = DecoderState(
         hidden[:, :, -1],
         c_n,

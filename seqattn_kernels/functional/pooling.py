@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import reference
+from seqattn_kernels import ops, reference
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import Weighting, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import Weighting, choose_backend, context_of, weigh, weighting_of
 from seqattn_kernels.reference.attention import attended
 
 
@@ -25,6 +25,7 @@ def feature_attention(
     mask: Tensor | None = None,
     mask_polarity: str = "attend",
     reduce: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over time for each feature: ``weights = softmax(tanh(linear(input)), dim=1)``, result weights * input.
 
@@ -34,6 +35,7 @@ def feature_attention(
         lengths: tensor [B] on any device, zeros allowed; integers or fractions of S.
         mask: boolean [B, S], True where to attend; with ``mask_polarity="ignore"`` where not to.
         reduce: sum over time.
+        backend: "cpu" or "reference"; None chooses.
 
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
@@ -50,8 +52,13 @@ def feature_attention(
         attend = attended(input, lengths, mask)
         assert attend is not None
         attend = attend.transpose(1, 2)
-    result, weights = reference.attention.feature_attention(input, weight, bias, attend)
-    return result.sum(1) if reduce else result, weights
+    if input.dtype in WIDE and weight.dtype == input.dtype and choose_backend(input, backend) == "cpu":
+        # Where gradients of the layer will be asked for, 0 * NaN must not get into them.
+        clean = input if attend is None or not torch.is_grad_enabled() else input.masked_fill(~attend, 0)
+        inner = F.linear(clean, weight, bias)
+        if inner.dtype == input.dtype:  # autocast may say otherwise
+            return ops.features.weighted(inner, clean, lengths, mask, reduce)
+    return reference.attention.feature_attention(input, weight, bias, attend, reduce)
 
 
 def pooling_attention(

@@ -110,14 +110,17 @@ def context_of(
     weights: Tensor, values: Tensor, lengths: Tensor | None, mask: Tensor | None, weighting: Weighting
 ) -> Tensor:
     """Context [B, T, D] of weights [B, T, S], with dropout; values of keys without any weight may be anything."""
+    dropped = F.dropout(weights, weighting.dropout) if weighting.dropout else weights
+    dropped = dropped if dropped.dtype == values.dtype else dropped.to(values.dtype)
+    if lengths is None and mask is None:
+        return torch.bmm(dropped, values)
+    if values.dtype in WIDE and choose_backend(values) == "cpu":
+        return ops.scores.context(dropped, values)
     attend = attended(values, lengths, mask)
-    if attend is not None:
-        if weighting.fill != -math.inf or weighting.empty_rows == "eager":
-            attend = attend | (weights != 0)
-        values = without_unattended(values, attend)
-    if weighting.dropout:
-        weights = F.dropout(weights, weighting.dropout)
-    return torch.bmm(weights.to(values.dtype), values)
+    if weighting.fill != -math.inf or weighting.empty_rows == "eager":
+        assert attend is not None
+        attend = attend | (weights != 0)
+    return torch.bmm(dropped, without_unattended(values, attend))
 
 
 def masked_softmax(

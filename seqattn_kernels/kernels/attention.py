@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels.kernels import launch
 from seqattn_kernels.kernels.launch import Masks
+from seqattn_kernels.kernels.rows import normalize_bwd, normalize_fwd
+from seqattn_kernels.kernels.score_backward import scores_bwd
+from seqattn_kernels.kernels.score_forward import scores_fwd
 from seqattn_kernels.kernels.scores import Score
-
+from seqattn_kernels.kernels.step import STEP_WIDTH, step_bwd, step_fwd
 
 # Queries for each batch element up to which reading keys again for each costs less than a tile of queries.
 FEW = 4
@@ -38,32 +40,55 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def attention_fwd(
-    score: Score, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, masks: Masks, need_weights: bool,
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    masks: Masks,
+    need_weights: bool,
     normalizer: str = "softmax",
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Context and weights (None where not needed) of query [B, A] or [B, T, A]."""
     if query.dim() == 2:
         context, weights = attention_fwd(score, query.unsqueeze(1), keys, values, v, masks, need_weights, normalizer)
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
-    if query.shape[1] <= FEW and normalizer == "softmax" and max(query.shape[2], values.shape[2]) <= launch.STEP_WIDTH:
-        return launch.step_fwd(score, query, keys, v, values, masks, need_weights)
-    scores = launch.scores_fwd(score, query, keys, v, masks)
+    if query.shape[1] <= FEW and normalizer == "softmax" and max(query.shape[2], values.shape[2]) <= STEP_WIDTH:
+        return step_fwd(score, query, keys, v, values, masks, need_weights)
+    scores = scores_fwd(score, query, keys, v, masks)
     weights = scores if query.dtype == torch.float32 else torch.empty_like(scores, dtype=query.dtype)
-    launch.normalize_fwd(normalizer, scores, weights, masks)
+    normalize_fwd(normalizer, scores, weights, masks)
     return torch.bmm(weights, clean(values, masks)), weights if need_weights else None
 
 
 def attention_bwd(
-    score: Score, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, weights: Tensor,
-    d_context: Tensor | None, d_weights: Tensor | None, masks: Masks, need_values: bool, normalizer: str = "softmax",
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    weights: Tensor,
+    d_context: Tensor | None,
+    d_weights: Tensor | None,
+    masks: Masks,
+    need_values: bool,
+    normalizer: str = "softmax",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, keys, values (None where not needed) and v."""
     if query.dim() == 2:
         d_query, *rest = attention_bwd(
-            score, query.unsqueeze(1), keys, values, v, weights.unsqueeze(1),
-            None if d_context is None else d_context.unsqueeze(1), None if d_weights is None else d_weights.unsqueeze(1),
-            masks, need_values, normalizer,
-        )  # fmt: skip
+            score,
+            query.unsqueeze(1),
+            keys,
+            values,
+            v,
+            weights.unsqueeze(1),
+            None if d_context is None else d_context.unsqueeze(1),
+            None if d_weights is None else d_weights.unsqueeze(1),
+            masks,
+            need_values,
+            normalizer,
+        )
         return d_query.squeeze(1), *rest  # type: ignore[return-value]
     from_context = d_values = None
     if d_context is not None:
@@ -76,9 +101,9 @@ def attention_bwd(
     if d_weights is not None:
         d_weights = d_weights.contiguous()
     # Softmax and its kin leave no weight where a key is hidden, and so no gradient.
-    launch.normalize_bwd(normalizer, weights.contiguous(), from_context, d_weights, d_scores)
-    if query.shape[1] == 1 and query.shape[2] <= launch.STEP_WIDTH:
-        d_query, d_keys, d_v = launch.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, v, masks)
+    normalize_bwd(normalizer, weights.contiguous(), from_context, d_weights, d_scores)
+    if query.shape[1] == 1 and query.shape[2] <= STEP_WIDTH:
+        d_query, d_keys, d_v = step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, v, masks)
         return d_query.unsqueeze(1), d_keys, d_values, d_v
-    d_query, d_keys, d_v = launch.scores_bwd(score, d_scores, query, keys, v, masks)
+    d_query, d_keys, d_v = scores_bwd(score, d_scores, query, keys, v, masks)
     return d_query, d_keys, d_values, d_v

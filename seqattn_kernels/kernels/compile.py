@@ -1,4 +1,6 @@
-"""Compiles every kernel ahead of time for several GPUs, without having one: ``python -m seqattn_kernels.kernels.compile``.
+"""Compiles every kernel ahead of time for several GPUs, without having one.
+
+    python -m seqattn_kernels.kernels.compile [--target sm_90] [--match scores_fwd]
 
 Prints registers, spills, shared memory, and what the inner loop is made of. Exit status 1 if a kernel spills.
 """
@@ -34,7 +36,26 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FLOAT32 = "scores partial q_exp k_exp own_exp other_exp ranges q_ranges k_ranges own_ranges other_ranges coefficients d_v d_scores d_own"
+# Pointers of a fixed type; the others are of the inputs' type.
+TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
+    (
+        "scores",
+        "partial",
+        "q_exp",
+        "k_exp",
+        "own_exp",
+        "other_exp",
+        "ranges",
+        "q_ranges",
+        "k_ranges",
+        "q_tops",
+        "k_tops",
+    )
+    + ("tops", "own_ranges", "other_ranges", "coefficients", "d_v", "d_scores", "d_own", "out"),
+    "*fp32",
+)
+INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
+NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
 @dataclass
@@ -46,8 +67,10 @@ class Configuration:
     constants: dict[str, Any]
     warps: int
     dtype: str = "fp32"
+
     elements: int = 0
     types: dict[str, str] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -55,100 +78,141 @@ def configurations() -> Iterator[Configuration]:
     plain = {"lengths": None, "used": None, "mask": None}
     for dtype in ("fp32", "bf16"):
         yield Configuration(
-            "exponentials of queries", exponentials_kernel, dict(BLOCK=32, UNROLL=16, V_COLUMNS=512, COLUMNS=32, **plain),
-            4, dtype,
-        )  # fmt: skip
+            "exponentials of queries",
+            exponentials_kernel,
+            dict(BLOCK=32, UNROLL=16, V_COLUMNS=512, COLUMNS=32, **plain),
+            4,
+            dtype,
+        )
         for block in (1, 128):
             yield Configuration(
-                f"exponentials of keys, block {block}", exponentials_kernel,
-                dict(v=None, coefficients=None, BLOCK=block, UNROLL=16, V_COLUMNS=512, COLUMNS=32, mask=None), 4, dtype,
-            )  # fmt: skip
+                f"exponentials of keys, block {block}",
+                exponentials_kernel,
+                dict(
+                    v=None, coefficients=None, tops=None, BLOCK=block, UNROLL=16, V_COLUMNS=512, COLUMNS=32, mask=None
+                ),
+                4,
+                dtype,
+            )
         for f in tiles.FORWARD_TILES:
             yield Configuration(
-                f"scores_fwd {f.T}x{f.S}, unroll {f.unroll}", scores_fwd_kernel,
-                dict(FORWARD=additive.forward, MERGED=True, T_BLOCK=f.T, S_BLOCK=f.S, UNROLL=f.unroll, lengths=None),
-                f.warps, dtype, f.T * f.S * f.unroll,
-            )  # fmt: skip
+                f"scores_fwd {f.T}x{f.S}, {f.stages} stages of {f.unroll}, at most {f.registers or 255}",
+                scores_fwd_kernel,
+                dict(
+                    FORWARD=additive.forward,
+                    MERGED=True,
+                    T_BLOCK=f.T,
+                    S_BLOCK=f.S,
+                    UNROLL=f.unroll,
+                    COLUMNS=512,
+                    STAGES=f.stages,
+                    lengths=None,
+                ),
+                f.warps,
+                dtype,
+                f.T * f.S * f.unroll,
+                options=f.limits(),
+            )
         for g in tiles.BACKWARD_TILES:
             for own_query in (True, False):
                 constants = dict(
-                    FORWARD=additive.forward, GRADIENT=additive.gradient, MERGED=True, OWN_QUERY=own_query,
-                    WITH_V=own_query, N_BLOCK=g.N, A_BLOCK=g.A, OWN_ENTRIES=16, OTHER_ENTRIES=16, used=None,
-                )  # fmt: skip
-                if not own_query:
-                    constants["d_v"] = None
+                    FORWARD=additive.forward,
+                    GRADIENT=additive.gradient,
+                    MERGED=True,
+                    OWN_QUERY=own_query,
+                    WITH_V=own_query,
+                    N_BLOCK=g.N,
+                    A_BLOCK=g.A,
+                    STAGES=g.stages,
+                    ROWS=g.rows,
+                    OWN_ENTRIES=16,
+                    OTHER_ENTRIES=16,
+                    used=None,
+                )
+                constants |= {"m_step": 1} if own_query else {"n_step": 1, "d_v": None}
                 side = "query and v" if own_query else "keys"
                 yield Configuration(
-                    f"scores_bwd of {side}, {g.N}x{g.A}", scores_bwd_kernel, constants, g.warps, dtype, g.N * g.A * 4,
-                    {"m_step": "1"} if own_query else {"n_step": "1"},
-                )  # fmt: skip
+                    f"scores_bwd of {side}, {g.N}x{g.A}, {g.stages} stages of {g.rows}",
+                    scores_bwd_kernel,
+                    constants,
+                    g.warps,
+                    dtype,
+                    g.N * g.A * g.rows,
+                    options=g.limits(),
+                )
         for kind in ("softmax", "sparsemax", "entmax15", "sigmoid"):
             for added in (None, True, False):
                 mask = {"mask": None} if added is None else {}
                 yield Configuration(
                     f"normalize_fwd {kind}, " + {None: "no mask", True: "added", False: "boolean"}[added],
                     normalize_fwd_kernel,
-                    dict(KIND=kind, ADDED=bool(added), SCALED=True, FILLED=False, ZERO_EMPTY=True, BLOCK=1024, **mask), 2,
+                    dict(KIND=kind, ADDED=bool(added), SCALED=True, FILLED=False, ZERO_EMPTY=True, BLOCK=1024, **mask),
+                    2,
                     dtype,
                     types={} if added is None else {"mask": "*fp32" if added else "*u8"},
-                )  # fmt: skip
+                )
             yield Configuration(
-                f"normalize_bwd {kind}", normalize_bwd_kernel, dict(KIND=kind, ADDED=False, BLOCK=1024, mask=None), 2, dtype
-            )  # fmt: skip
-        yield Configuration(
-            "step_fwd", step_fwd_kernel,
-            dict(FORWARD=additive.forward, QUICK=additive.quick, ADDED=False, S_BLOCK=16, A_BLOCK=512, D_BLOCK=512,
-                 mask=None), 4, dtype,
-            16 * 512,
-        )  # fmt: skip
-        yield Configuration(
-            "step_bwd", step_bwd_kernel,
-            dict(FORWARD=additive.forward, GRADIENT=additive.gradient, QUICK=additive.quick, S_BLOCK=8, A_BLOCK=512,
-                 used=None), 4, dtype, 8 * 512,
-        )  # fmt: skip
+                f"normalize_bwd {kind}",
+                normalize_bwd_kernel,
+                dict(KIND=kind, ADDED=False, BLOCK=1024, mask=None),
+                2,
+                dtype,
+            )
+        for step in tiles.STEP_TILES:
+            block = step.elements // 512
+            constants = dict(
+                FORWARD=additive.forward,
+                QUICK=additive.quick,
+                ADDED=False,
+                S_BLOCK=block,
+                A_BLOCK=512,
+                D_BLOCK=512,
+                WHOLE=step.programs == 256,
+                STAGES=step.stages,
+                mask=None,
+            )
+            name = f"step_fwd {step.elements}, {step.stages} stages, {step.warps} warps"
+            yield Configuration(name, step_fwd_kernel, constants, step.warps, dtype, step.elements)
+        for step in tiles.STEP_BACKWARD_TILES:
+            constants = dict(
+                FORWARD=additive.forward,
+                GRADIENT=additive.gradient,
+                QUICK=additive.quick,
+                S_BLOCK=step.elements // 512,
+                A_BLOCK=512,
+                STAGES=step.stages,
+                used=None,
+            )
+            name = f"step_bwd {step.elements}, {step.stages} stages, {step.warps} warps"
+            yield Configuration(name, step_bwd_kernel, constants, step.warps, dtype, step.elements)
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
-    constants = dict(FORWARD=dot.forward, MERGED=False, T_BLOCK=32, S_BLOCK=128, UNROLL=16, lengths=None)
-    constants |= dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_ranges", "k_ranges", "v"])
+    constants = dict(
+        FORWARD=dot.forward, MERGED=False, T_BLOCK=32, S_BLOCK=128, UNROLL=16, COLUMNS=16, STAGES=1, lengths=None
+    )
+    constants |= dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_ranges", "k_ranges", "q_tops", "k_tops", "v"])
     yield Configuration("scores_fwd of any score", scores_fwd_kernel, constants, 4)
 
 
 def compiled(configuration: Configuration, target: GPUTarget) -> Any:
-    kernel = configuration.kernel
-    constants = dict(configuration.constants)
+    constants = {"TARGET": target.backend} | configuration.constants
     signature, attributes = {}, {}
-    for i, parameter in enumerate(kernel.params):
+    for i, parameter in enumerate(configuration.kernel.params):
         name = parameter.name
-        if name in ("TARGET", "SIDE_ROWS"):
+        if parameter.is_constexpr or name in constants:
             signature[name] = "constexpr"
-            constants[name] = target.backend if name == "TARGET" else parameter.default.value
-        elif parameter.is_constexpr or name in constants:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        elif name in configuration.types and not configuration.types[name].startswith("*"):
-            signature[name] = "constexpr"
-            constants[name] = int(configuration.types[name])
-        else:
-            pointer = name.islower()
-            integer = pointer and name in "n_step m_step mask_b mask_t splits heads".split()
-            if name in ("scale", "temperature", "fill", "factor"):
-                signature[name] = "fp32"
-                continue
-            if not pointer or integer:
-                signature[name] = "i32"
-            elif name in configuration.types:
-                signature[name] = configuration.types[name]
-            elif name == "lengths":
-                signature[name] = "*i64"
-            elif name == "used":
-                signature[name] = "*u8"
-            elif name in FLOAT32.split() or (name == "out" and kernel is not None):
-                signature[name] = "*fp32"
-            else:
-                signature[name] = "*" + configuration.dtype
+            if parameter.has_default:
+                constants.setdefault(name, getattr(parameter.default, "value", parameter.default))
+        elif name in NUMBERS:
+            signature[name] = "fp32"
+        elif name.isupper() or name in INTEGERS:
+            signature[name] = "i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": configuration.warps})
+        else:
+            signature[name] = configuration.types.get(name) or TYPES.get(name) or "*" + configuration.dtype
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": configuration.warps, **configuration.options})
 
 
 @dataclass
@@ -209,7 +273,7 @@ def amd_instructions(text: str) -> list[Instruction]:
 
 
 def loop_of(instructions: list[Instruction], special: tuple[str, ...]) -> Counter[str]:
-    """What the fast path's innermost loop is made of: of those with special functions the one that compares least."""
+    """What the fast path's innermost loop is made of: most special functions, hardly a comparison."""
     loops = []
     for address, _, goal in instructions:
         if goal is not None and goal < address:
@@ -217,7 +281,7 @@ def loop_of(instructions: list[Instruction], special: tuple[str, ...]) -> Counte
             count = sum(n for name, n in body.items() if name.startswith(special))
             compares = sum(n for name, n in body.items() if name.startswith(("FMNMX", "FSETP", "v_min", "v_cmp")))
             if count:
-                loops.append((compares, -count, body))
+                loops.append((compares > count / 4, -count, body))
     return min(loops, key=lambda x: x[:2])[2] if loops else Counter()
 
 
@@ -233,7 +297,9 @@ def main() -> int:
             if options.match not in c.name:
                 continue
             found = listing(compiled(c, target), target)
-            line = f"{name:7}{c.name:42}{c.dtype:5}{found.registers:4} regs {found.spilled:4} spilled {found.shared:6} B"
+            line = (
+                f"{name:7}{c.name:50}{c.dtype:5}{found.registers:4} regs {found.spilled:4} spilled {found.shared:6} B"
+            )
             if c.elements and found.loop:
                 lanes = target.warp_size * c.warps
                 line += f" | {found.loop.total() * lanes / c.elements:.2f} a term: "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqattn_kernels.kernels import attention, launch
+from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, step
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, Score
 
@@ -76,9 +76,15 @@ def _masks(batch: int, steps: int, source: int, like: Tensor, lengths: Tensor | 
 
 
 def additive_fwd(
-    query: Tensor, keys: Tensor, packed: Tensor | None, values: Tensor, v: Tensor, lengths: Tensor | None,
-    mask: Tensor | None, need_weights: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    packed: Tensor | None,
+    values: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
     _check_attention(query, keys, v, values)
     if packed is not None:
         raise ValueError(f"packed: expected None on {query.device}, where keys are read as they are")
@@ -89,9 +95,17 @@ def additive_fwd(
 
 
 def additive_bwd(
-    query: Tensor, keys: Tensor, values: Tensor, v: Tensor, weights: Tensor, d_context: Tensor | None,
-    d_weights: Tensor | None, lengths: Tensor | None, mask: Tensor | None, need_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    d_context: Tensor | None,
+    d_weights: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_attention(query, keys, v, values)
     steps = query.shape[1] if query.dim() == 3 else 1
     masks = _masks(query.shape[0], steps, keys.shape[1], query, lengths, mask)
@@ -103,9 +117,14 @@ def additive_bwd(
 
 
 def scores_fwd(
-    kind: str, query: Tensor, keys: Tensor, v: Tensor | None = None, features: Tensor | None = None,
-    feature_weight: Tensor | None = None, lengths: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    kind: str,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Scores [B, T, S] of query [B, T, A] and keys [B, S, A]; 0 past `lengths`."""
     score = _score(kind)
     _check_scores(query, keys, v, features, feature_weight)
@@ -125,9 +144,15 @@ def scores_fwd(
 
 
 def scores_bwd(
-    kind: str, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None = None, features: Tensor | None = None,
-    feature_weight: Tensor | None = None, lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind: str,
+    d_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, keys, v, features and feature_weight, empty where there is none.
 
     A score whose gradient is 0 contributes nothing, even where query or key is NaN.
@@ -152,34 +177,44 @@ def scores_bwd(
     empty = query.new_empty(0)
     d_features = d_weight = empty
     if features is not None and feature_weight is not None:
-        kept = features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
+        kept = (
+            features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
+        )
         d_features = (d_inner.float() @ feature_weight.float().t()).to(features.dtype)
         d_weight = (kept.float().flatten(0, 1).t() @ d_inner.float().flatten(0, 1)).to(feature_weight.dtype)
     return d_query, d_inner.to(keys.dtype), empty if d_v is None else d_v, d_features, d_weight
 
 
 def _scores_bwd_by_step(
-    score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, features: Tensor,
+    score: Score,
+    d_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    features: Tensor,
     feature_weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Features of each query by themselves: a step at a time, or the term [B, T, S, A] would have to be stored."""
     d_keys = torch.zeros_like(keys, dtype=torch.float32)
     d_weight = torch.zeros_like(feature_weight, dtype=torch.float32)
     d_v = None if v is None else torch.zeros_like(v, dtype=torch.float32)
     d_query, d_features = torch.zeros_like(query), torch.zeros_like(features)
     for t in range(query.shape[1]):
-        step = slice(t, t + 1)
-        found = scores_bwd(score.name, d_scores[:, step], query[:, step], keys, v, features[:, t], feature_weight)
-        d_query[:, step], d_features[:, t] = found[0], found[3]
+        at = slice(t, t + 1)
+        found = scores_bwd(score.name, d_scores[:, at], query[:, at], keys, v, features[:, t], feature_weight)
+        d_query[:, at], d_features[:, t] = found[0], found[3]
         d_keys += found[1]
         d_weight += found[4]
         if d_v is not None:
             d_v += found[2]
     empty = query.new_empty(0)
     return (
-        d_query, d_keys.to(keys.dtype), empty if v is None or d_v is None else d_v.to(v.dtype), d_features,
+        d_query,
+        d_keys.to(keys.dtype),
+        empty if v is None or d_v is None else d_v.to(v.dtype),
+        d_features,
         d_weight.to(feature_weight.dtype),
-    )  # fmt: skip
+    )
 
 
 def _check_scores(
@@ -216,9 +251,9 @@ def _raw_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> 
         return attention.product(query, keys.transpose(1, 2))
     if v is None and score.exponential:
         v = query.new_ones(query.shape[2])
-    if query.shape[1] <= attention.FEW and query.shape[2] <= launch.STEP_WIDTH:
-        return launch.step_scores(score, query, keys, v)
-    return launch.scores_fwd(score, query, keys, v)
+    if query.shape[1] <= attention.FEW and query.shape[2] <= step.STEP_WIDTH:
+        return step.step_scores(score, query, keys, v)
+    return score_forward.scores_fwd(score, query, keys, v)
 
 
 def _raw_gradients(
@@ -229,39 +264,47 @@ def _raw_gradients(
         d_query = torch.bmm(d_scores, clean.float()).to(query.dtype)
         return d_query, torch.bmm(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
     weight = query.new_ones(query.shape[2]) if v is None and score.exponential else v
-    if query.shape[1] == 1 and query.shape[2] <= launch.STEP_WIDTH:
-        d_query, d_keys, d_v = launch.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight, masks)
+    if query.shape[1] == 1 and query.shape[2] <= step.STEP_WIDTH:
+        d_query, d_keys, d_v = step.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight, masks)
         d_query = d_query.unsqueeze(1)
     else:
-        d_query, d_keys, d_v = launch.scores_bwd(score, d_scores, query, keys, weight, masks)
+        d_query, d_keys, d_v = score_backward.scores_bwd(score, d_scores, query, keys, weight, masks)
     return d_query, d_keys, None if v is None else d_v
 
 
 def normalize_fwd(
-    kind: str, scores: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0,
-    temperature: float = 1.0, fill: float = -math.inf, zero_empty: bool = True,
-) -> Tensor:  # fmt: skip
+    kind: str,
+    scores: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    fill: float = -math.inf,
+    zero_empty: bool = True,
+) -> Tensor:
     """Weights [B, T, S] of ``(scale * scores + mask) / temperature``, with `fill` where a key is hidden."""
     _check_rows(kind, scores)
-    masks = _masks(*scores.shape, scores, lengths, mask)
+    batch, steps, source = scores.shape
+    masks = _masks(batch, steps, source, scores, lengths, mask)
     scores = scores.contiguous()
-    return launch.normalize_fwd(
-        kind, scores, torch.empty_like(scores), masks, scale, temperature, fill, zero_empty
-    )  # fmt: skip
+    return rows.normalize_fwd(kind, scores, torch.empty_like(scores), masks, scale, temperature, fill, zero_empty)
 
 
 def normalize_bwd(
-    kind: str, d_weights: Tensor, weights: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None,
+    kind: str,
+    d_weights: Tensor,
+    weights: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     factor: float = 1.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0."""
     _check_rows(kind, weights)
     _expect_shape("d_weights", d_weights, "the shape of weights", weights.shape)
-    masks = _masks(*weights.shape, weights, lengths, mask)
+    batch, steps, source = weights.shape
+    masks = _masks(batch, steps, source, weights, lengths, mask)
     weights = weights.contiguous()
-    return launch.normalize_bwd(
-        kind, weights, d_weights.contiguous(), None, torch.empty_like(weights), masks, factor
-    )  # fmt: skip
+    return rows.normalize_bwd(kind, weights, d_weights.contiguous(), None, torch.empty_like(weights), masks, factor)
 
 
 def _check_rows(kind: str, scores: Tensor) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device
 
 
 @triton.jit
@@ -102,10 +107,10 @@ def normalize_fwd_kernel(
         else:
             p = entmax15_row(x) + spread
     if ZERO_EMPTY:
+        some = free
         if FILLED:
-            p = tl.where(tl.max(free.to(tl.int32), 0) > 0, p, 0.0)
-        else:
-            p = tl.where(free, p, 0.0)
+            some = tl.max(free.to(tl.int32), 0) > 0
+        p = tl.where(some, p, 0.0)
     tl.store(weights + row * S + s, p.to(weights.dtype.element_ty), mask=inside)
 
 
@@ -152,3 +157,89 @@ def normalize_bwd_kernel(
         _, free, _ = visible(s, S, row // T, row % T, lengths, mask, mask_b, mask_t, ADDED)
         d = tl.where(free, d, 0.0)
     tl.store(d_scores + place + s, d.to(d_scores.dtype.element_ty), mask=inside)
+
+
+ROW_LIMIT = 1 << 17  # keys a row kernel holds in registers
+
+
+def _row_block(source: int) -> tuple[int, int]:
+    block = triton.next_power_of_2(max(source, 1))
+    if block > ROW_LIMIT:
+        raise ValueError(f"keys: expected at most {ROW_LIMIT} of them in the Triton row kernels, got {source}")
+    return block, max(1, min(32, block // 512))
+
+
+def normalize_fwd(
+    kind: str,
+    scores: Tensor,
+    weights: Tensor,
+    masks: Masks = EVERYTHING,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    fill: float = -math.inf,
+    zero_empty: bool = True,
+) -> Tensor:
+    """Weights of scores [B, T, S], written to `weights`, which may be the scores themselves.
+
+    ``kind`` of ``(scale * scores + mask) / temperature``, with `fill` where lengths or a boolean mask hide a key.
+    """
+    _, steps, source = scores.shape
+    if scores.numel():
+        block, warps = _row_block(source)
+        with on_device(scores):
+            normalize_fwd_kernel[(scores.shape[0] * steps,)](
+                scores,
+                weights,
+                masks.lengths,
+                masks.mask,
+                *masks.strides(),
+                steps,
+                source,
+                float(scale),
+                float(temperature),
+                float(fill),
+                KIND=kind,
+                ADDED=masks.added,
+                SCALED=scale != 1 or temperature != 1,
+                FILLED=fill != -math.inf,
+                ZERO_EMPTY=zero_empty,
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return weights
+
+
+def normalize_bwd(
+    kind: str,
+    weights: Tensor,
+    d_weights: Tensor | None,
+    d_weights_too: Tensor | None,
+    d_scores: Tensor,
+    masks: Masks = EVERYTHING,
+    factor: float = 1.0,
+) -> Tensor:
+    """`factor` times the gradient of what was normalised, [B, T, S], from that of the weights; 0 at hidden keys.
+
+    Written to `d_scores`, which may be a gradient. `masks` is needed only where hidden keys have weight.
+    """
+    _, steps, source = weights.shape
+    if weights.numel():
+        block, warps = _row_block(source)
+        with on_device(weights):
+            normalize_bwd_kernel[(weights.shape[0] * steps,)](
+                weights,
+                d_weights,
+                d_weights_too,
+                d_scores,
+                masks.lengths,
+                masks.mask,
+                *masks.strides(),
+                steps,
+                source,
+                float(factor),
+                KIND=kind,
+                ADDED=masks.added,
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return d_scores

@@ -6,45 +6,127 @@ added up across threads or programs but v: no atomics, the same bits on every ru
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from seqattn_kernels.kernels.exponentials import form_of, range_of
-from seqattn_kernels.kernels.scores import additive_reciprocals
+from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.exponentials import ROWS as SIDE_ROWS
+from seqattn_kernels.kernels.exponentials import UNROLL, Side, bits_of, exponentials, form_of, range_of
+from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
+from seqattn_kernels.kernels.scores import Score, additive_reciprocals
+
+
+@triton.jit
+def merged_block(
+    acc,
+    acc_v,
+    own,
+    other,
+    d_scores,
+    n_mask,
+    a_mask,
+    step,
+    left,
+    AP,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITH_V: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """ROWS rows of the other side. MASKED: only `left` of them are there; those up to a multiple of 32 hold e^0, and
+    are multiplied by zero."""
+    total = 0.0
+    for i in tl.static_range(0, ROWS, 2):
+        first, second = n_mask, n_mask
+        if MASKED:
+            first = n_mask & (i < left)
+            second = n_mask & (i + 1 < left)
+        d0 = tl.load(d_scores + i * step, mask=first, other=0.0)[:, None]
+        d1 = tl.load(d_scores + (i + 1) * step, mask=second, other=0.0)[:, None]
+        e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
+        e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
+        r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
+        acc += d0 * (r0 - r0 * r0)
+        acc += d1 * (r1 - r1 * r1)
+        if WITH_V:
+            acc_v += d0 * r0
+            acc_v += d1 * r1
+            total += d0 + d1
+    if WITH_V:
+        acc_v -= 0.5 * total
+    return acc, acc_v
 
 
 @triton.jit
 def merged_rows(
-    own, other, d_scores, n_mask, a_mask, step, count, AP, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
-    WITH_V: tl.constexpr, BOUNDED: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    d_scores,
+    n_mask,
+    a_mask,
+    step,
+    count,
+    AP,
+    N_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WITH_V: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TARGET: tl.constexpr,
+):
     """Sums over the other side's rows of d * (r - r^2) and, for v, of d * (r - 1/2)."""
     acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
-    for m in range(0, count, 4):
-        # Rows past the count hold e^0 and are multiplied by zero.
-        for i in tl.static_range(0, 4, 2):
-            d0 = tl.load(d_scores + i * step, mask=n_mask & (m + i < count), other=0.0)[:, None]
-            d1 = tl.load(d_scores + (i + 1) * step, mask=n_mask & (m + i + 1 < count), other=0.0)[:, None]
-            e0 = tl.load(other + i * AP, mask=a_mask, other=1.0)[None, :]
-            e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=1.0)[None, :]
-            r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
-            acc += d0 * (r0 - r0 * r0)
-            acc += d1 * (r1 - r1 * r1)
-            if WITH_V:
-                acc_v += d0 * r0
-                acc_v += d1 * r1
-                acc_v -= 0.5 * (d0 + d1)
-        d_scores += 4 * step
-        other += 4 * AP
+    whole = tl.maximum(count, 0) // ROWS * ROWS
+    for _ in tl.range(0, whole, ROWS, num_stages=STAGES):
+        acc, acc_v = merged_block(
+            acc, acc_v, own, other, d_scores, n_mask, a_mask, step, ROWS, AP, ROWS, False, WITH_V, BOUNDED, TARGET
+        )
+        d_scores += ROWS * step
+        other += ROWS * AP
+    if whole < count:
+        acc, acc_v = merged_block(
+            acc,
+            acc_v,
+            own,
+            other,
+            d_scores,
+            n_mask,
+            a_mask,
+            step,
+            count - whole,
+            AP,
+            ROWS,
+            True,
+            WITH_V,
+            BOUNDED,
+            TARGET,
+        )
     return acc, acc_v
 
 
 @triton.jit
 def direct_rows(
-    own, other, used, d_scores, n_mask, a_mask, step, count, A, FORWARD: tl.constexpr, GRADIENT: tl.constexpr,
-    OWN_QUERY: tl.constexpr, N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, WITH_V: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    used,
+    d_scores,
+    n_mask,
+    a_mask,
+    step,
+    count,
+    A,
+    FORWARD: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    OWN_QUERY: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    WITH_V: tl.constexpr,
+):
     """Sums over the other side's rows of d * (derivative by the own side) and, for v, of d * term. Any score."""
     acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
@@ -96,6 +178,8 @@ def scores_bwd_kernel(
     WITH_V: tl.constexpr,
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that brings rows of the other side into shared memory
+    ROWS: tl.constexpr,  # of the other side at a time, by which 32 is divisible
     OWN_ENTRIES: tl.constexpr,  # powers of two, at least the entries of ranges
     OTHER_ENTRIES: tl.constexpr,
     TARGET: tl.constexpr,
@@ -128,36 +212,153 @@ def scores_bwd_kernel(
     if MERGED:
         own_most, own_least = range_of(own_ranges + b * (NP // 32) * 2, NP // 32, 0, OWN_ENTRIES)
         most, least = range_of(other_ranges + b * (MP // 32) * 2, MP // 32, 0, OTHER_ENTRIES)
-        form = form_of(own_most, own_least, most, least, 0.0, 2)
+        form = form_of(own_most, own_least, most, least, 2.0 * bits_of(own_most + most))
         e = tl.load(own_exp + b * NP * AP + n_wide[:, None] * AP + a[None, :], mask=there, other=1.0)
         rows = other_exp + b * MP * AP + a
         if form == 0:
             acc, acc_v = merged_rows(
-                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, False, TARGET
+                e,
+                rows,
+                d_scores,
+                n_mask,
+                a_mask,
+                m_step,
+                count,
+                AP,
+                N_BLOCK,
+                A_BLOCK,
+                ROWS,
+                STAGES,
+                WITH_V,
+                False,
+                TARGET,
             )
             acc *= 4.0
             acc_v *= -2.0
         elif form == 1:
             acc, acc_v = merged_rows(
-                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, WITH_V, True, TARGET
+                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, 2, 1, WITH_V, True, TARGET
             )
             acc *= 4.0
             acc_v *= -2.0
         else:
             own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
             acc, acc_v = direct_rows(
-                own_block, other + b * M * A + a, used_row if OWN_QUERY else None, d_scores, n_mask, a_mask, m_step,
-                count, A, FORWARD, GRADIENT, OWN_QUERY, N_BLOCK, A_BLOCK, WITH_V,
-            )  # fmt: skip
+                own_block,
+                other + b * M * A + a,
+                used_row if OWN_QUERY else None,
+                d_scores,
+                n_mask,
+                a_mask,
+                m_step,
+                count,
+                A,
+                FORWARD,
+                GRADIENT,
+                OWN_QUERY,
+                N_BLOCK,
+                A_BLOCK,
+                WITH_V,
+            )
     else:
         own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
         acc, acc_v = direct_rows(
-            own_block, other + b * M * A + a, used_row if OWN_QUERY else None, d_scores, n_mask, a_mask, m_step,
-            count, A, FORWARD, GRADIENT, OWN_QUERY, N_BLOCK, A_BLOCK, WITH_V,
-        )  # fmt: skip
+            own_block,
+            other + b * M * A + a,
+            used_row if OWN_QUERY else None,
+            d_scores,
+            n_mask,
+            a_mask,
+            m_step,
+            count,
+            A,
+            FORWARD,
+            GRADIENT,
+            OWN_QUERY,
+            N_BLOCK,
+            A_BLOCK,
+            WITH_V,
+        )
     if v is not None:
         acc *= tl.load(v + b % heads * A + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(d_own + place, acc, mask=there)
     if WITH_V:
         total = tl.sum(tl.where(n_mask[:, None], acc_v, 0.0), 0)
         tl.store(d_v + (b * n_blocks + n_block) * A + a, total, mask=a_mask)
+
+
+def scores_bwd(
+    score: Score,
+    d_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    masks: Masks = EVERYTHING,
+    tile: tiles.BackwardTile = tiles.BACKWARD,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query, keys and v. d_scores [B, T, S] must be zero where a query doesn't attend."""
+    query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
+    d_scores = d_scores.contiguous()
+    (batch, steps, width), source = query.shape, keys.shape[1]
+    # In float32 whatever the inputs: a narrower store would choose a layout that the inner loop pays for.
+    d_query, d_keys = (torch.empty_like(t, dtype=torch.float32) for t in (query, keys))
+    d_v = None if v is None else torch.zeros_like(v)
+    if batch == 0 or steps == 0 or source == 0 or width == 0:
+        return torch.zeros_like(query), torch.zeros_like(keys), d_v
+    merged = score.exponential and v is not None
+    used = masks.used()
+    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
+    with on_device(query):
+        if merged:
+            q = exponentials(query, 1, None, tops=False)
+            k = exponentials(keys, 1, None, masks.lengths, used, tops=False)
+        columns = padded(width, UNROLL)
+        rows_q, rows_k = padded(steps, SIDE_ROWS.value), padded(source, SIDE_ROWS.value)
+        partial = None
+        if v is not None:
+            partial = query.new_empty(batch, triton.cdiv(steps, tile.N), width, dtype=torch.float32)
+        for own_query in (True, False):
+            own, other = (query, keys) if own_query else (keys, query)
+            a, b = (q, k) if own_query else (k, q)
+            n, m = own.shape[1], other.shape[1]
+            n_rows, m_rows = (rows_q, rows_k) if own_query else (rows_k, rows_q)
+            scores_bwd_kernel[(batch * triton.cdiv(n, tile.N) * triton.cdiv(width, tile.A),)](
+                own,
+                other,
+                v,
+                a.exponentials,
+                b.exponentials,
+                a.ranges,
+                b.ranges,
+                d_scores,
+                masks.lengths,
+                used,
+                d_query if own_query else d_keys,
+                partial if own_query else None,
+                n,
+                m,
+                width,
+                columns,
+                n_rows,
+                m_rows,
+                source if own_query else 1,
+                1 if own_query else source,
+                rows_of(v),
+                FORWARD=score.forward,
+                GRADIENT=score.gradient,
+                MERGED=merged,
+                OWN_QUERY=own_query,
+                WITH_V=own_query and v is not None,
+                N_BLOCK=tile.N,
+                A_BLOCK=tile.A,
+                STAGES=tile.stages,
+                ROWS=tile.rows,
+                OWN_ENTRIES=triton.next_power_of_2(n_rows // SIDE_ROWS.value),
+                OTHER_ENTRIES=triton.next_power_of_2(m_rows // SIDE_ROWS.value),
+                TARGET=target(),
+                num_warps=tile.warps,
+                **tile.limits(),
+            )
+        if v is not None and partial is not None:
+            d_v = partial.view(batch // rows_of(v), rows_of(v), -1, width).sum((0, 2)).view_as(v).to(v.dtype)
+    return d_query.to(query.dtype), d_keys.to(keys.dtype), d_v

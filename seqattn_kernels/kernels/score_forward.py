@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from seqattn_kernels.kernels.exponentials import ROWS, form_of, range_of
-from seqattn_kernels.kernels.scores import additive_bounded, additive_merged3, additive_merged4
+from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.exponentials import (
+    ROWS,
+    Side,
+    bits_of,
+    coefficient_count,
+    exponentials,
+    form_of,
+    range_of,
+)
+from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
+from seqattn_kernels.kernels.scores import Score, additive_bounded, additive_merged3, additive_merged4
+
+
+@triton.constexpr_function
+def threes_of(unroll):
+    """Columns of `unroll` that are merged by three; the rest, by four. unroll is 4, 8 or 16."""
+    return unroll - 4 * (unroll % 3)
+
+
+@triton.jit
+def exponent_of(q_tops, k_tops, bits, AP, K_ENTRIES: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr):
+    """log2 of the largest product of y that `merged_tile` makes, from the largest q and k of each column."""
+    a = tl.arange(0, COLUMNS)
+    there = a < AP
+    q = tl.load(q_tops + a, mask=there, other=float("-inf"))
+    k = tl.load(k_tops + a, mask=there, other=float("-inf"))
+    for i in tl.static_range(1, K_ENTRIES):
+        k = tl.maximum(k, tl.load(k_tops + i * AP + a, mask=there, other=float("-inf")))
+    each = tl.reshape(bits_of(q + k) + tl.load(bits + a, mask=there, other=0.0), (COLUMNS // UNROLL, UNROLL))
+    threes: tl.constexpr = threes_of(UNROLL)
+    i = tl.arange(0, UNROLL)
+    group = tl.where(i < threes, i // 3, threes // 3 + (i - threes) // 4)[None, :]
+    most = 0.0
+    for g in tl.static_range(0, threes // 3 + (UNROLL - threes) // 4):
+        most = tl.maximum(most, tl.max(tl.sum(tl.where(group == g, each, 0.0), 1), 0))
+    return most
 
 
 @triton.jit
 def merged_tile(
-    q, k, coefficients, AP, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, UNROLL: tl.constexpr, TARGET: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    coefficients,
+    AP,
+    T_BLOCK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    TARGET: tl.constexpr,
+):
     """-1/2 sum_a v tanh(q + k), v scaled. q and k point at the tile's block of exponentials."""
     q += tl.arange(0, T_BLOCK)
     k += tl.arange(0, S_BLOCK)
     acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
-    for _ in range(0, AP, UNROLL):
-        # Threes as far as they go: UNROLL is 4, 8 or 16, and leaves a four, or two.
-        fours: tl.constexpr = UNROLL % 3 + 3 * (UNROLL % 3 == 0)
-        threes: tl.constexpr = UNROLL - 4 * fours
+    for _ in tl.range(0, AP, UNROLL, num_stages=STAGES):
+        threes: tl.constexpr = threes_of(UNROLL)
         for i in tl.static_range(0, threes, 3):
             q0 = tl.load(q + i * T_BLOCK)[:, None]
             q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
@@ -57,7 +100,7 @@ def merged_tile(
 @triton.jit
 def bounded_tile(
     q, k, coefficients, AP, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, UNROLL: tl.constexpr, TARGET: tl.constexpr
-):  # fmt: skip
+):
     """The same for exponents whose products may overflow."""
     q += tl.arange(0, T_BLOCK)
     k += tl.arange(0, S_BLOCK)
@@ -74,9 +117,7 @@ def bounded_tile(
 
 
 @triton.jit
-def direct_tile(
-    query, keys, v, t, s, T, S, A, FORWARD: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr
-):  # fmt: skip
+def direct_tile(query, keys, v, t, s, T, S, A, FORWARD: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr):
     """sum_a v * forward(q, k) of any score. query [T, A] and keys [S, A] of one batch element."""
     query += t.to(tl.int64) * A
     keys += s.to(tl.int64) * A
@@ -98,9 +139,11 @@ def scores_fwd_kernel(
     v,  # [H, A] or None: batch element b has row b % H
     q_exp,  # float32 [B, TP / T_BLOCK, AP, T_BLOCK] / v, blocked; the four only with MERGED
     k_exp,  # float32 [B, SP / S_BLOCK, AP, S_BLOCK], blocked
-    coefficients,  # [H, ...]
+    coefficients,  # [H, ...]: of each UNROLL columns 1/v and half the sum of v; then log2(1/v) of each column; scale
     q_ranges,  # [B, TP / 32, 2]
     k_ranges,  # [B, SP / 32, 2]
+    q_tops,  # [B, TP / 32, AP]
+    k_tops,  # [B, SP / 32, AP]
     lengths,  # [B] or None: tiles past it are left as they are
     out,  # float32 [B, T, S]
     T,
@@ -113,6 +156,8 @@ def scores_fwd_kernel(
     T_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that brings columns into shared memory
+    COLUMNS: tl.constexpr,  # power of two, at least AP
     TARGET: tl.constexpr,
     SIDE_ROWS: tl.constexpr = ROWS,
 ):
@@ -122,32 +167,91 @@ def scores_fwd_kernel(
     b = (tile // s_blocks // t_blocks).to(tl.int64)
     t = t_block * T_BLOCK + tl.arange(0, T_BLOCK)
     s = s_block * S_BLOCK + tl.arange(0, S_BLOCK)
+    end = S
     if lengths is not None:
-        if s_block * S_BLOCK >= tl.load(lengths + b):
-            return
+        end = tl.load(lengths + b)
+    if s_block * S_BLOCK >= end:
+        return
     head = b % heads
     if v is not None:
         v += head * A
     if MERGED:
         q_entries: tl.constexpr = T_BLOCK // SIDE_ROWS
         k_entries: tl.constexpr = S_BLOCK // SIDE_ROWS
-        coefficients += head * (AP // UNROLL * (UNROLL + 1) + 2)
-        end = coefficients + AP // UNROLL * (UNROLL + 1)
-        q_most, q_least = range_of(q_ranges + b * t_blocks * q_entries * 2, q_entries, t_block * q_entries, q_entries)
-        k_most, k_least = range_of(k_ranges + b * s_blocks * k_entries * 2, k_entries, s_block * k_entries, k_entries)
-        form = form_of(q_most, q_least, k_most, k_least, tl.load(end), 4)
-        scale = -2.0 * tl.load(end + 1)
+        coefficients += head * coefficient_count(AP, UNROLL)
+        bits = coefficients + AP // UNROLL * (UNROLL + 1)
+        q_entry = (b * t_blocks + t_block) * q_entries
+        k_entry = (b * s_blocks + s_block) * k_entries
+        q_most, q_least = range_of(q_ranges + q_entry * 2, q_entries, 0, q_entries)
+        k_most, k_least = range_of(k_ranges + k_entry * 2, k_entries, 0, k_entries)
+        exponent = 0.0
+        for i in tl.static_range(0, q_entries):
+            tops = exponent_of(q_tops + (q_entry + i) * AP, k_tops + k_entry * AP, bits, AP, k_entries, UNROLL, COLUMNS)
+            exponent = tl.maximum(exponent, tops)
+        form = form_of(q_most, q_least, k_most, k_least, exponent)
+        scale = -2.0 * tl.load(bits + AP)
         q_tile = q_exp + (b * t_blocks + t_block) * AP * T_BLOCK
         k_tile = k_exp + (b * s_blocks + s_block) * AP * S_BLOCK
         if form == 0:
-            acc = scale * merged_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, TARGET)
+            acc = scale * merged_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, STAGES, TARGET)
         elif form == 1:
             acc = scale * bounded_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, TARGET)
         else:
-            acc = direct_tile(
-                query + b * T * A, keys + b * S * A, v, t, s, T, S, A, FORWARD, T_BLOCK, S_BLOCK
-            )  # fmt: skip
+            acc = direct_tile(query + b * T * A, keys + b * S * A, v, t, s, T, S, A, FORWARD, T_BLOCK, S_BLOCK)
     else:
         acc = direct_tile(query + b * T * A, keys + b * S * A, v, t, s, T, S, A, FORWARD, T_BLOCK, S_BLOCK)
     place = out + b * T * S + t.to(tl.int64)[:, None] * S + s[None, :]
     tl.store(place, acc, mask=(t < T)[:, None] & (s < S)[None, :])
+
+
+def scores_fwd(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    masks: Masks = EVERYTHING,
+    tile: tiles.ForwardTile = tiles.FORWARD,
+) -> Tensor:
+    """float32 [B, T, S]; keys that `masks` leaves out for all queries may be left unwritten."""
+    batch, steps, width = query.shape
+    source = keys.shape[1]
+    out = query.new_empty(batch, steps, source, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
+    merged = score.exponential and v is not None and width > 0
+    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
+    with on_device(query):
+        if merged:
+            q = exponentials(query, tile.T, v, unroll=tile.unroll)
+            k = exponentials(keys, tile.S, None, masks.lengths, masks.used(), tile.unroll)
+        scores_fwd_kernel[(batch * triton.cdiv(steps, tile.T) * triton.cdiv(source, tile.S),)](
+            query,
+            keys,
+            v,
+            q.exponentials,
+            k.exponentials,
+            q.coefficients,
+            q.ranges,
+            k.ranges,
+            q.tops,
+            k.tops,
+            masks.lengths,
+            out,
+            steps,
+            source,
+            width,
+            padded(width, tile.unroll),
+            rows_of(v),
+            FORWARD=score.forward,
+            MERGED=merged,
+            T_BLOCK=tile.T,
+            S_BLOCK=tile.S,
+            UNROLL=tile.unroll,
+            STAGES=tile.stages,
+            COLUMNS=triton.next_power_of_2(padded(max(width, 1), tile.unroll)),
+            TARGET=target(),
+            num_warps=tile.warps,
+            **tile.limits(),
+        )
+    return out

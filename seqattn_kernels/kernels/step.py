@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
+from seqattn_kernels.kernels.scores import Score
+
+
+@triton.jit
+def store_weights(scores, weights, first, step, S, end, top, inverse, BLOCK: tl.constexpr):
+    for start in range(first, S, step):
+        s = start + tl.arange(0, BLOCK)
+        x = tl.load(scores + s, mask=s < end, other=float("-inf"))
+        p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top) * inverse)
+        tl.store(weights + s, p.to(weights.dtype.element_ty), mask=s < S)
 
 
 @triton.jit(do_not_specialize=["T", "S", "SPLIT", "heads"])
@@ -13,11 +28,13 @@ def step_fwd_kernel(
     v,  # [H, A] or None: batch element b has row b % H
     values,  # [B, S, D]; None: only scores are wanted
     lengths,  # [B] or None
-    mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added to the scores; or None
+    mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added; or None
     mask_b,
     mask_t,
     scores,  # float32 [B, T, S]: masked scores, or None
-    partial,  # float32 [B, T, splits, D + 2]: context, sum and largest score of each split
+    partial,  # float32 [B, T, splits, D + 2]: context, sum and largest score of each split; None with WHOLE
+    context,  # [B, T, D], with WHOLE
+    weights,  # [B, T, S], or None, with WHOLE
     T,
     S,
     A,
@@ -30,7 +47,10 @@ def step_fwd_kernel(
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,  # powers of two, at least A and D
     D_BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # one split holds all keys: there is nothing to join
+    STAGES: tl.constexpr,  # of the pipeline that brings keys and values into shared memory
     TARGET: tl.constexpr,
+    W_BLOCK: tl.constexpr = 512,
 ):
     splits = tl.cdiv(S, SPLIT)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -47,8 +67,8 @@ def step_fwd_kernel(
     q = tl.load(query + row * A + a, mask=a < A, other=0.0).to(tl.float32)
     top = float("-inf")
     total = 0.0
-    context = tl.zeros((S_BLOCK, D_BLOCK), tl.float32)
-    for start in range(first, end, S_BLOCK):
+    acc = tl.zeros((S_BLOCK, D_BLOCK), tl.float32)
+    for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         keep = s < end
         if mask is not None:
@@ -82,13 +102,22 @@ def step_fwd_kernel(
             shrink = tl.where(top == best, 1.0, tl.exp(top - best))
             p = tl.where(keep, tl.exp(x - best), 0.0)
             total = total * shrink + tl.sum(p, 0)
-            context = context * shrink + p[:, None] * h.to(tl.float32)
+            acc = acc * shrink + p[:, None] * h.to(tl.float32)
             top = best
     if values is not None:
-        at = partial + tl.program_id(0).to(tl.int64) * (D + 2)
-        tl.store(at + d, tl.sum(context, 0), mask=d < D)
-        tl.store(at + D, total)
-        tl.store(at + D + 1, top)
+        if WHOLE:
+            inverse = tl.where(total != 0, 1.0 / total, 0.0)
+            joined = tl.sum(acc, 0) * inverse
+            tl.store(context + row * D + d, joined.to(context.dtype.element_ty), mask=d < D)
+            if weights is not None:
+                # Other threads of this program stored what is read here.
+                tl.debug_barrier()
+                store_weights(scores + row * S, weights + row * S, 0, W_BLOCK, S, end, top, inverse, W_BLOCK)
+        else:
+            at = partial + tl.program_id(0).to(tl.int64) * (D + 2)
+            tl.store(at + d, tl.sum(acc, 0), mask=d < D)
+            tl.store(at + D, total)
+            tl.store(at + D + 1, top)
 
 
 @triton.jit(do_not_specialize=["T", "S", "splits"])
@@ -125,11 +154,9 @@ def step_join_kernel(
         end = S
         if lengths is not None:
             end = tl.minimum(end, tl.load(lengths + row // T)).to(tl.int32)
-        for start in range(d_block * S_BLOCK, S, d_blocks * S_BLOCK):
-            s = start + tl.arange(0, S_BLOCK)
-            x = tl.load(scores + row * S + s, mask=s < end, other=float("-inf"))
-            p = tl.where(x == float("-inf"), 0.0, tl.exp(x - best) * inverse)
-            tl.store(weights + row * S + s, p.to(weights.dtype.element_ty), mask=s < S)
+        store_weights(
+            scores + row * S, weights + row * S, d_block * S_BLOCK, d_blocks * S_BLOCK, S, end, best, inverse, S_BLOCK
+        )
 
 
 @triton.jit(do_not_specialize=["S", "SPLIT", "heads"])
@@ -151,6 +178,7 @@ def step_bwd_kernel(
     QUICK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     splits = tl.cdiv(S, SPLIT)
@@ -167,7 +195,7 @@ def step_bwd_kernel(
         factor = tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
-    for start in range(first, end, S_BLOCK):
+    for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         inside = s < end
         valid = inside
@@ -189,3 +217,165 @@ def step_bwd_kernel(
     at = partial + tl.program_id(0).to(tl.int64) * 2 * A + a
     tl.store(at, tl.sum(acc, 0), mask=a_mask)
     tl.store(at + A, tl.sum(acc_v, 0), mask=a_mask)
+
+
+STEP_WIDTH = 4096  # columns a step kernel holds in registers
+
+
+def step_fwd(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    values: Tensor,
+    masks: Masks,
+    need_weights: bool,
+    tile: tiles.StepTile = tiles.STEP,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of a few queries [B, T, A] for each batch element: context [B, T, D], weights [B, T, S]."""
+    (batch, steps, _), source, depth = query.shape, keys.shape[1], values.shape[2]
+    context = query.new_empty(batch, steps, depth)
+    weights = query.new_empty(batch, steps, source) if need_weights else None
+    if batch == 0 or source == 0 or steps == 0:
+        return context.zero_(), weights
+    scores = query.new_empty(batch, steps, source, dtype=torch.float32) if need_weights else None
+    partial = _step(score, query, keys, v, values, masks, scores, context, weights, tile)
+    if partial is not None:
+        splits, join = partial.shape[2], min(128, triton.next_power_of_2(max(depth, 16)))
+        with on_device(query):
+            step_join_kernel[(batch * steps * max(1, triton.cdiv(depth, join)),)](
+                scores,
+                partial,
+                masks.lengths,
+                context,
+                weights,
+                steps,
+                source,
+                depth,
+                splits,
+                SPLITS=triton.next_power_of_2(splits),
+                S_BLOCK=512,
+                D_BLOCK=join,
+                num_warps=4,
+            )
+    return context, weights
+
+
+def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
+    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
+    scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
+    if scores.numel():
+        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tiles.STEP)
+    return scores
+
+
+def _step(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    values: Tensor | None,
+    masks: Masks,
+    scores: Tensor | None,
+    context: Tensor | None,
+    weights: Tensor | None,
+    tile: tiles.StepTile,
+) -> Tensor | None:
+    """Launches the kernel; returns what is to be joined, or None where one program held all keys of its query."""
+    (batch, steps, width), source = query.shape, keys.shape[1]
+    depth = 0 if values is None else values.shape[2]
+    query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
+    values = None if values is None else values.contiguous()
+    a_block, d_block = (triton.next_power_of_2(max(n, 16)) for n in (width, depth))
+    block = max(1, min(32, tile.elements // max(a_block, d_block)))
+    # With enough queries to fill the GPU, each is left whole; else keys are split, as far as it takes.
+    splits = min(triton.cdiv(tile.programs, batch * steps), triton.cdiv(source, 4 * block))
+    split = padded(triton.cdiv(source, splits), block)
+    splits = triton.cdiv(source, split)
+    partial = None
+    if values is not None and splits > 1:
+        partial = query.new_empty(batch, steps, splits, depth + 2, dtype=torch.float32)
+    with on_device(query):
+        step_fwd_kernel[(batch * steps * splits,)](
+            query,
+            keys,
+            v,
+            values,
+            masks.lengths,
+            masks.mask,
+            *masks.strides(),
+            scores,
+            partial,
+            context,
+            weights,
+            steps,
+            source,
+            width,
+            depth,
+            split,
+            rows_of(v),
+            FORWARD=score.forward,
+            QUICK=None if values is None else score.quick,
+            ADDED=masks.added,
+            S_BLOCK=block,
+            A_BLOCK=a_block,
+            D_BLOCK=d_block,
+            WHOLE=splits == 1,
+            STAGES=tile.stages,
+            TARGET=target(),
+            num_warps=tile.warps,
+        )
+    return partial
+
+
+def step_bwd(
+    score: Score,
+    d_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    masks: Masks,
+    tile: tiles.StepTile = tiles.STEP_BACKWARD,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
+    (batch, width), source = query.shape, keys.shape[1]
+    query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
+    if batch == 0 or source == 0 or width == 0:
+        return torch.zeros_like(query), torch.zeros_like(keys), None if v is None else torch.zeros_like(v)
+    d_keys = torch.empty_like(keys)
+    a_block = triton.next_power_of_2(max(width, 16))
+    block = max(1, min(32, tile.elements // a_block))
+    splits = min(triton.cdiv(tile.programs, batch), triton.cdiv(source, 4 * block))
+    split = padded(triton.cdiv(source, splits), block)
+    splits = triton.cdiv(source, split)
+    partial = query.new_empty(batch, splits, 2, width, dtype=torch.float32)
+    with on_device(query):
+        step_bwd_kernel[(batch * splits,)](
+            query,
+            keys,
+            v,
+            d_scores.contiguous(),
+            masks.lengths,
+            masks.used(),
+            d_keys,
+            partial,
+            source,
+            width,
+            split,
+            rows_of(v),
+            FORWARD=score.forward,
+            GRADIENT=score.gradient,
+            QUICK=score.quick,
+            S_BLOCK=block,
+            A_BLOCK=a_block,
+            STAGES=tile.stages,
+            TARGET=target(),
+            num_warps=tile.warps,
+        )
+    d_query, d_v = partial.sum(1).unbind(1)
+    if v is None:
+        return d_query.to(query.dtype), d_keys, None
+    heads = rows_of(v)
+    d_query = d_query.view(-1, heads, width) * v.view(heads, width).float()
+    d_v = d_v.reshape(-1, heads, width).sum(0).view_as(v)
+    return d_query.view_as(query).to(query.dtype), d_keys, d_v.to(v.dtype)

@@ -5,24 +5,82 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class Limits:
+    """What bounds the registers of a kernel on NVIDIA: more of them fit then."""
+
+    registers: int | None
+
+    def limits(self) -> dict[str, int]:
+        return {} if self.registers is None else {"maxnreg": self.registers}
+
+
 @dataclass(frozen=True)
-class ForwardTile:
+class ForwardTile(Limits):
     T: int
     S: int
     unroll: int
     warps: int
+    stages: int = 1
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
-class BackwardTile:
+class BackwardTile(Limits):
     N: int
     A: int
     warps: int
+    stages: int = 1
+    rows: int = 4
+    registers: int | None = None
 
 
-FORWARD = ForwardTile(T=32, S=128, unroll=16, warps=4)
-BACKWARD = BackwardTile(N=16, A=128, warps=4)
+@dataclass(frozen=True)
+class StepTile:
+    elements: int  # of a block of keys, so that there are about elements / A of them
+    warps: int
+    stages: int
+    programs: int  # that fill the GPU
+
+
+FORWARD = ForwardTile(T=32, S=128, unroll=16, warps=4, stages=2)
+BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=2)
+STEP = StepTile(elements=8192, warps=4, stages=2, programs=256)
+STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=1, programs=2048)
 
 # What `compile.py` compiles and a tuning run may try.
-FORWARD_TILES = [FORWARD, ForwardTile(32, 128, 8, 4), ForwardTile(32, 256, 16, 8), ForwardTile(64, 128, 16, 8)]
-BACKWARD_TILES = [BACKWARD, BackwardTile(32, 128, 4), BackwardTile(8, 128, 4), BackwardTile(16, 256, 8)]
+FORWARD_TILES = [
+    FORWARD,
+    ForwardTile(32, 128, 16, 4, 3),
+    ForwardTile(32, 128, 16, 4, 1),
+    ForwardTile(32, 128, 16, 4, 1, 168),
+    ForwardTile(32, 128, 8, 4, 3),
+    ForwardTile(32, 256, 16, 8, 2),
+]
+BACKWARD_TILES = [
+    BACKWARD,
+    BackwardTile(16, 128, 4, 1),
+    BackwardTile(16, 128, 4, 3, 8),
+    BackwardTile(32, 128, 4, 2),
+    BackwardTile(32, 128, 4, 3, 8),
+    BackwardTile(16, 256, 8, 3, 4),
+    BackwardTile(32, 128, 8, 3, 4),
+]
+STEP_TILES = [
+    STEP,
+    StepTile(8192, 4, 3, 256),
+    StepTile(8192, 4, 1, 256),
+    StepTile(4096, 4, 3, 256),
+    StepTile(4096, 4, 3, 512),
+    StepTile(4096, 2, 3, 512),
+    StepTile(2048, 2, 4, 1024),
+    StepTile(4096, 4, 2, 1024),
+    StepTile(2048, 4, 4, 512),
+]
+STEP_BACKWARD_TILES = [
+    STEP_BACKWARD,
+    StepTile(4096, 4, 2, 1024),
+    StepTile(4096, 4, 3, 1024),
+    StepTile(2048, 4, 3, 1024),
+    StepTile(2048, 2, 3, 1024),
+    StepTile(4096, 4, 2, 512),
+]

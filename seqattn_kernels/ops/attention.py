@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function
 
 _KEY_BLOCK = 16
@@ -16,12 +17,6 @@ _COLUMN_GROUP = 4
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::additive_pack")
-    def _(keys):
-        batch, source, width = keys.shape
-        rows = (width + _COLUMN_GROUP - 1) // _COLUMN_GROUP * _COLUMN_GROUP + 1
-        return keys.new_empty(batch, (source + _KEY_BLOCK - 1) // _KEY_BLOCK, rows, _KEY_BLOCK)
-
     @torch.library.register_fake("seqattn::additive_fwd")
     def _(query, keys, packed, values, v, lengths, mask, need_weights):
         context = query.new_empty(*query.shape[:-1], values.shape[2])
@@ -38,8 +33,18 @@ def _register_fakes() -> None:
         )
 
 
-if native.extension is not None:
+def _register_fake_pack() -> None:
+    @torch.library.register_fake("seqattn::additive_pack")
+    def _(keys):
+        batch, source, width = keys.shape
+        rows = (width + _COLUMN_GROUP - 1) // _COLUMN_GROUP * _COLUMN_GROUP + 1
+        return keys.new_empty(batch, (source + _KEY_BLOCK - 1) // _KEY_BLOCK, rows, _KEY_BLOCK)
+
+
+if attention_cuda.declared():
     _register_fakes()
+if native.extension is not None:
+    _register_fake_pack()
 
 
 class AdditiveFunction(torch.autograd.Function):

@@ -37,6 +37,10 @@ def _register_fakes() -> None:
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
+    @torch.library.register_fake("seqattn::context_fwd")
+    def _(weights, values):
+        return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
+
 
 if native.extension is not None:
     _register_fakes()
@@ -177,3 +181,35 @@ def normalize(
     if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
         return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
     return torch.ops.seqattn.normalize_fwd.default(kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
+
+
+class ContextFunction(torch.autograd.Function):
+    """Weights times values, with gradients; what has no weight has no part in either."""
+
+    @staticmethod
+    def forward(weights, values):
+        return torch.ops.seqattn.context_fwd.default(weights, values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_context):
+        weights, values = ctx.saved_tensors
+        d_weights = d_values = None
+        if ctx.needs_input_grad[0]:
+            d_weights = torch.bmm(d_context, values.transpose(1, 2)).masked_fill(weights == 0, 0)
+        if ctx.needs_input_grad[1]:
+            d_values = torch.bmm(weights.transpose(1, 2), d_context)
+        return d_weights, d_values
+
+
+def context(weights: Tensor, values: Tensor) -> Tensor:
+    """The native operator on the CPU: weights [B, T, S] times values [B, S, D], both float32 or float64.
+
+    Values of keys without weight may be anything, NaN included.
+    """
+    if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
+        return apply_function(ContextFunction, weights, values)
+    return torch.ops.seqattn.context_fwd.default(weights, values)

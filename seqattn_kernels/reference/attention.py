@@ -110,16 +110,29 @@ def additive_attention(
 
 
 def feature_attention(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, attend: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attend: Tensor | None = None,
+    reduce: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weights [B, S, D], a softmax over time of tanh(linear(input)) for each feature, and weights * input.
 
-    attend: [B, S, 1] or None. weight [D, D].
+    attend: [B, S, 1] or None. weight [D, D]. reduce: the sum over time instead, [B, D].
     """
+    clean = input if attend is None else input.masked_fill(~attend, 0)
+    return feature_weighted(F.linear(clean, weight, bias), clean, attend, reduce)
+
+
+def feature_weighted(
+    inner: Tensor, input: Tensor, attend: Tensor | None = None, reduce: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`feature_attention` from ``inner = linear(input)`` on."""
+    scores = inner.tanh()
     if attend is None:
-        weights = F.linear(input, weight, bias).tanh().softmax(1)
-        return weights * input, weights
-    clean = input.masked_fill(~attend, 0)
-    scores = F.linear(clean, weight, bias).tanh()
-    weights = scores.masked_fill(~attend, -torch.inf).softmax(1).masked_fill(~attend, 0)
-    return weights * clean, weights
+        weights = scores.softmax(1)
+    else:
+        input = input.masked_fill(~attend, 0)
+        weights = scores.masked_fill(~attend, -torch.inf).softmax(1).masked_fill(~attend, 0)
+    result = weights * input
+    return result.sum(1) if reduce else result, weights

@@ -1,0 +1,59 @@
+"""The attention operators on CUDA: Triton kernels, imported when one is first called.
+
+Where the extension, which declares the operators, is not built, they are declared here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from seqattn_kernels import native
+
+# As in csrc/ops.cpp.
+SCHEMAS = {
+    "additive_fwd": "(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, "
+    "Tensor? mask, bool need_weights) -> (Tensor, Tensor)",
+    "additive_bwd": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
+    "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)",
+    "scores_fwd": "(str kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
+    "Tensor? lengths) -> Tensor",
+    "scores_bwd": "(str kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
+    "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "normalize_fwd": "(str kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
+    "float fill, bool zero_empty) -> Tensor",
+    "normalize_bwd": "(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
+    "-> Tensor",
+}
+
+_installed = importlib.util.find_spec("triton") is not None
+
+
+def why_not() -> str | None:
+    """None where the operators are registered for CUDA, else why not and what to do."""
+    return None if _installed else "triton is not installed; `pip install triton`"
+
+
+def declared() -> bool:
+    """Whether the operators exist, from the extension or from here."""
+    return native.extension is not None or _installed
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from seqattn_kernels import kernels
+
+        return getattr(kernels, name)(*args)
+
+    return call
+
+
+if _installed:
+    _library = torch.library.Library("seqattn", "FRAGMENT")
+    for _name, _schema in SCHEMAS.items():
+        if not hasattr(torch.ops.seqattn, _name):
+            _library.define(_name + _schema)
+        _library.impl(_name, _implementation(_name), "CUDA")
