@@ -28,7 +28,7 @@ class Mode(str, Enum):
 LOOP_STEPS = 20
 STOCK = "torch_eager"
 STOCK_AGAIN = "torch_eager again"  # the other half of the A/A pair
-BY_NAME = ("ours_cuda", "ours_cuda_graph")  # ours where it would not be chosen: the thresholds are made from it
+BY_NAME = ("ours_cuda",)  # our kernels where the measured thresholds choose torch
 FMA_LIMIT = "fma limit"  # what a bar on the share of the machine's limit is against
 
 GATES: Mapping[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -298,25 +298,19 @@ def _on_gpu(
 
 
 def _cuda_recurrent() -> Iterator[Case]:
-    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float16, False)):
+    precisions = ((torch.bfloat16, False), (torch.float32, True))
+    every = [(shape, *precision) for shape in CUDA_RECURRENT for precision in precisions]
+    every += [(CUDA_RECURRENT[index], torch.float16, False) for index in (0, 2)]
+    for shape, dtype, tf32 in every:
+        at_least = 1.5 if not tf32 and shape["H"] <= CLUSTER_HIDDEN else 1.0
+        # cuDNN as called, and its own time on the device: many of its launches wait for the host.
+        bars = (Bar("ours", at_least), Bar("ours_graph", 1.0, against="torch_graph"))
         for kind in ("lstm", "gru"):
-            for index, shape in enumerate(CUDA_RECURRENT):
-                if dtype == torch.float16 and index not in (0, 2):
-                    continue
-                at_least = 1.5 if not tf32 and shape["H"] <= CLUSTER_HIDDEN else 1.0
-                for mode in BOTH_MODES:
-                    peer = "haste" if tf32 else "flashrnn"
-                    names = (
-                        "ours",
-                        "ours_graph",
-                        "ours_cuda",
-                        "ours_cuda_graph",
-                        "torch_graph",
-                        *((peer,) if mode is Mode.FORWARD else ()),
-                    )
-                    # cuDNN as called, and its own time on the device: many of its launches wait for the host.
-                    bars = (Bar("ours", at_least), Bar("ours_graph", 1.0, against="torch_graph"))
-                    yield _on_gpu("recurrent", kind, shape, mode, names, bars, dtype, tf32)
+            for mode in BOTH_MODES:
+                names: tuple[str, ...] = ("ours", "ours_graph", "torch_graph", "ours_cuda")
+                if mode is Mode.FORWARD:
+                    names += ("haste",) if tf32 else ("flashrnn",)
+                yield _on_gpu("recurrent", kind, shape, mode, names, bars, dtype, tf32)
 
 
 def _cuda_lengths() -> Iterator[Case]:

@@ -157,6 +157,7 @@ def test_states_as_a_list():
     assert_same_bits(ours(stock)(input, list(hx)), ours(stock)(input, hx))
 
 
+@pytest.mark.cpu  # torch's own cells, which serve on a GPU, multiply by their results
 @every_kind
 @pytest.mark.parametrize("batch", [None, 1, 3])
 def test_states_are_nobody_elses_memory(kind, batch):

@@ -13,13 +13,11 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import CUDA_SUITES, STOCK, Case, Mode
-from benchmarks.gpu import bench, ceilings, parts, report, runner, thresholds, timing
+from benchmarks.gpu import bench, ceilings, parts, report, runner, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.peers import registry
 from benchmarks.problems import build
 from benchmarks.runner import Profile, qualify
-from seqattn_kernels import backends
-from seqattn_kernels.thresholds import fits
 
 QUICK = Profile("test", 0.01, 3)
 LIMITS = {
@@ -387,35 +385,3 @@ def test_the_page_of_a_gpu_names_what_was_lost(tmp_path):
 
 def test_modes_of_gpu_cases():
     assert {case.mode for case in CUDA_SUITES["cells"]} == {Mode.STEPS, Mode.STEPS_TRAINING}
-
-
-def threshold_case(
-    hidden: int, mine: float, graphed: float, theirs: float, mode: str = "forward"
-) -> results.CaseResult:
-    contestants = [
-        results.Contestant("ours_cuda", milliseconds=1.0, ratio=mine),
-        results.Contestant("ours_cuda_graph", milliseconds=graphed),
-        results.Contestant("torch_graph", milliseconds=theirs),
-    ]
-    shape = {"B": 16, "T": 100, "I": hidden, "H": hidden}
-    return results.CaseResult(f"{hidden}", "recurrent", "", "lstm", mode, "bfloat16", shape, 1, contestants, [])
-
-
-def test_thresholds_end_where_ours_first_loses(tmp_path):
-    cases = [
-        threshold_case(256, 3.0, 1.0, 2.0),
-        threshold_case(512, 2.0, 1.0, 1.5),
-        threshold_case(768, 1.5, 1.0, 0.9),  # slower than cuDNN without its host
-        threshold_case(1024, 2.0, 1.0, 2.0),
-        threshold_case(256, 0.9, 1.0, 2.0, "forward+backward"),
-    ]
-    results.Document({"gpu": "Abacus 200"}, cases).write(tmp_path / "recurrent.json")
-    assert thresholds.main([str(tmp_path), "--out", str(tmp_path / "rules.json")]) == 0
-    (rule,) = json.loads((tmp_path / "rules.json").read_text())["rules"]
-    assert rule["hidden"] == [1, 512]
-    assert rule["training"] == [False]
-    request = backends.Request("lstm", torch.device("cuda"), torch.bfloat16, 1600, 16, 512, False)
-    assert fits(rule, request)
-    assert not fits(rule, dataclasses.replace(request, hidden=768))
-    assert not fits(rule, dataclasses.replace(request, training=True))
-    assert not fits(rule, dataclasses.replace(request, batch=17))

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import seqattn_kernels.nn as fast
 from tests.cases import KINDS
@@ -61,6 +61,12 @@ def draw(module: nn.RNNBase, steps: int, batch: int, *, batched: bool = True):
     for tensor in (input, *leaves(hx)):
         tensor.requires_grad_()
     return input, hx
+
+
+def pack_sequence(sequences, enforce_sorted: bool = True) -> PackedSequence:
+    """torch's own makes the lengths on the default device, and then wants them on the CPU."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device="cpu")
+    return pack_padded_sequence(pad_sequence(sequences), lengths, enforce_sorted=enforce_sorted)
 
 
 def leaves(hx) -> tuple[torch.Tensor, ...]:

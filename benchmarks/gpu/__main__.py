@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cases", default="", metavar="TEXT", help="bench: cases whose name contains TEXT")
     made.add_argument("--first", type=int, metavar="N", help="bench: of each suite the first N of these")
     made.add_argument("--suites", default="", metavar="A,B", help="bench: these suites")
-    made.add_argument("--quick", action="store_true", help="bench: a third of the time for each case")
+    made.add_argument("--quick", action="store_true", help="bench: less time for each case")
     made.add_argument("--tests", default="", metavar="ARGS", help="tests: arguments for pytest")
     return made
 

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT, such as lstm/forward")
     made.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after that time")
     made.add_argument("--first", type=int, metavar="N", help="of each suite the first N of these")
-    made.add_argument("--quick", action="store_true", help="a third of the time for each case")
+    made.add_argument("--quick", action="store_true", help="less time for each case")
     made.add_argument("--peers", type=lambda text: text.split(","), metavar="A,B", help="these beside stock, no others")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="in place of benchmarks/results/<gpu>")
     made.add_argument("--resume", action="store_true", help="keep what the folder has and go on")

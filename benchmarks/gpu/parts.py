@@ -189,11 +189,11 @@ def report(settings: Settings, seconds: float, log: Path) -> Outcome:
 # In the order they run; the weights are about their seconds. What a part leaves over goes to those after it.
 PARTS: dict[str, Part] = {
     "env": Part(environment, 10, 30.0, 15.0),
-    "build": Part(build, 80, 150.0),
-    "tests": Part(tests, 120, 170.0),
-    "sanitize": Part(sanitize, 50, 80.0),
-    "bench": Part(bench, 250, 400.0),
-    "report": Part(report, 20, 40.0, 15.0),
+    "build": Part(build, 75, 150.0),
+    "tests": Part(tests, 110, 150.0),
+    "sanitize": Part(sanitize, 45, 80.0),
+    "bench": Part(bench, 280, 420.0),
+    "report": Part(report, 15, 40.0, 15.0),
 }
 
 

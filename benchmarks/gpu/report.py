@@ -38,7 +38,6 @@ COLOURS = {
     "ours": "#1b6ca8",
     "ours_graph": "#7fb7de",
     "ours_cuda": "#2a6f4f",
-    "ours_cuda_graph": "#7fbf9f",
     "ours_lengths": "#1b6ca8",
     "ours_context": "#1b6ca8",
     "torch_eager": "#888888",

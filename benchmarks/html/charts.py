@@ -14,7 +14,6 @@ PALETTE = {
     "ours_frozen": "#5aa0d0",
     "ours_graph": "#5aa0d0",
     "ours_cuda": "#2a6f4f",
-    "ours_cuda_graph": "#7fbf9f",
     "ours_lengths": "#3b8fb0",
     "ours_context": "#3b8fb0",
     "ours_bf16": "#7a5fb0",

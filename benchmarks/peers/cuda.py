@@ -14,7 +14,7 @@ from benchmarks.peers.ours import Ours
 from benchmarks.peers.torch_compile import TorchCompile
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.problems import Problem
-from seqattn_kernels import functional, native
+from seqattn_kernels import backends, functional, native
 
 WARM_UP_CALLS = 3
 # Of the device's memory that one recorded call may keep from the others.
@@ -120,13 +120,21 @@ class OursContext(Ours):
 
 
 class OursByName(Ours):
-    """One layer of ours by the CUDA kernels, whatever the measured thresholds would choose: what they are made from."""
+    """One layer of ours by the CUDA kernels where the measured thresholds choose torch."""
 
     name = "ours_cuda"
 
     def why_not(self, problem: Problem) -> str | None:
         if needs_gpu(problem) or problem.case.suite not in ("recurrent", "lengths"):
             return "for recurrent layers on a GPU only"
+        case = problem.case
+        rows, batch, hidden = case.active_steps, case.shape["B"], case.shape["H"]
+        request = backends.Request(
+            case.kind, torch.device("cuda", 0), case.dtype, rows, batch, hidden, case.mode.has_gradients,
+            packed=case.suite == "lengths",
+        )  # fmt: skip
+        if native.cuda_why_not() is None and backends.choose(backends.RECURRENCE, request) == "cuda":
+            return "chosen anyway"
         return native.cuda_why_not()
 
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
@@ -148,7 +156,6 @@ PEERS: tuple[Peer, ...] = (
     Graph("torch_compile_graph", TorchCompile()),
     Graph("ours_graph", Ours()),
     OursByName(),
-    Graph("ours_cuda_graph", OursByName()),
     Packing(),
     ScaledDotProductAttention(),
     OursContext(),

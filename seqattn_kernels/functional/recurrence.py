@@ -302,6 +302,8 @@ def _run(
     extras = (
         "lengths=" if lengths is not None else "return_all_states=" if return_all_states and cell == "lstm" else None
     )
+    if on_cuda and extras is None and torch._C._functorch.maybe_current_level() is not None:
+        extras = "transform of torch.func"  # cuDNN looks for the memory of its arguments
     rows = data.shape[0] if layout.packed else data.shape[0] * data.shape[1]
     training_step = torch.is_grad_enabled() and (data.requires_grad or any(w.requires_grad for w in weights))
     request = backends.Request(
@@ -425,6 +427,12 @@ def _run_torch(
     if cell == "lstm":
         hidden = weights[0].shape[0] // GATES[cell]
         hx = (h0, c0 if c0 is not None else data.new_zeros(num_layers * directions, layout.batch, hidden))
+    if data.is_cuda:
+        # cuDNN gathers the weights through views, and has a backward in training mode alone, which without dropout
+        # computes the same.
+        weights = [w.contiguous() for w in weights]
+        if not training and torch.is_grad_enabled() and any(t.requires_grad for t in (data, hx[0], *weights)):
+            training, dropout = True, 0.0
     call = getattr(torch._VF, cell)
     settings = (list(weights), bool(bias), num_layers, float(dropout), training, bidirectional)
     if layout.packed:
