@@ -38,20 +38,24 @@ TARGETS = {
 }
 # Pointers of a fixed type; the others are of the inputs' type.
 TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
-    (
+    [
         "scores",
         "partial",
         "q_exp",
         "k_exp",
         "own_exp",
         "other_exp",
-        "ranges",
-        "q_ranges",
-        "k_ranges",
-        "q_tops",
-        "k_tops",
-    )
-    + ("tops", "own_ranges", "other_ranges", "coefficients", "d_v", "d_scores", "d_own", "out"),
+        "q_spans",
+        "k_spans",
+        "own_spans",
+        "other_spans",
+        "spans",
+        "coefficients",
+        "d_v",
+        "d_scores",
+        "d_own",
+        "out",
+    ],
     "*fp32",
 )
 INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
@@ -80,7 +84,7 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             "exponentials of queries",
             exponentials_kernel,
-            dict(BLOCK=32, UNROLL=16, V_COLUMNS=512, COLUMNS=32, **plain),
+            dict(BLOCK=16, GROUP=16, UNROLL=16, V_COLUMNS=512, COLUMNS=64, **plain),
             4,
             dtype,
         )
@@ -88,9 +92,7 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(
                 f"exponentials of keys, block {block}",
                 exponentials_kernel,
-                dict(
-                    v=None, coefficients=None, tops=None, BLOCK=block, UNROLL=16, V_COLUMNS=512, COLUMNS=32, mask=None
-                ),
+                dict(v=None, coefficients=None, GROUP=32, BLOCK=block, UNROLL=16, V_COLUMNS=512, COLUMNS=64, mask=None),
                 4,
                 dtype,
             )
@@ -106,6 +108,8 @@ def configurations() -> Iterator[Configuration]:
                     UNROLL=f.unroll,
                     COLUMNS=512,
                     STAGES=f.stages,
+                    Q_GROUP=min(f.T, 32),
+                    K_GROUP=32,
                     lengths=None,
                 ),
                 f.warps,
@@ -125,8 +129,7 @@ def configurations() -> Iterator[Configuration]:
                     A_BLOCK=g.A,
                     STAGES=g.stages,
                     ROWS=g.rows,
-                    OWN_ENTRIES=16,
-                    OTHER_ENTRIES=16,
+                    GROUP_ROWS=32,
                     used=None,
                 )
                 constants |= {"m_step": 1} if own_query else {"n_step": 1, "d_v": None}
@@ -187,9 +190,18 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(name, step_bwd_kernel, constants, step.warps, dtype, step.elements)
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     constants = dict(
-        FORWARD=dot.forward, MERGED=False, T_BLOCK=32, S_BLOCK=128, UNROLL=16, COLUMNS=16, STAGES=1, lengths=None
+        FORWARD=dot.forward,
+        MERGED=False,
+        T_BLOCK=32,
+        S_BLOCK=128,
+        UNROLL=16,
+        COLUMNS=16,
+        Q_GROUP=32,
+        K_GROUP=32,
+        STAGES=1,
+        lengths=None,
     )
-    constants |= dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_ranges", "k_ranges", "q_tops", "k_tops", "v"])
+    constants |= dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_spans", "k_spans", "v"])
     yield Configuration("scores_fwd of any score", scores_fwd_kernel, constants, 4)
 
 

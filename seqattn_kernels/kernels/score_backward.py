@@ -12,8 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from seqattn_kernels.kernels import tiles
-from seqattn_kernels.kernels.exponentials import ROWS as SIDE_ROWS
-from seqattn_kernels.kernels.exponentials import UNROLL, Side, bits_of, exponentials, form_of, range_of
+from seqattn_kernels.kernels.exponentials import (
+    GROUP,
+    UNROLL,
+    Side,
+    bits_of,
+    exponentials,
+    form_of,
+    size_of,
+    span_of,
+)
 from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
 from seqattn_kernels.kernels.scores import Score, additive_reciprocals
 
@@ -36,7 +44,7 @@ def merged_block(
     BOUNDED: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """ROWS rows of the other side. MASKED: only `left` of them are there; those up to a multiple of 32 hold e^0, and
+    """ROWS rows of the other side. MASKED: only `left` of them are there; those up to a whole group hold e^0, and
     are multiplied by zero."""
     total = 0.0
     for i in tl.static_range(0, ROWS, 2):
@@ -155,8 +163,8 @@ def scores_bwd_kernel(
     v,  # [H, A] or None: batch element b has row b % H
     own_exp,  # float32 [B, NP, AP]; the four only with MERGED
     other_exp,  # float32 [B, MP, AP]
-    own_ranges,  # [B, NP / 32, 2]
-    other_ranges,  # [B, MP / 32, 2]
+    own_spans,  # [B, NP / GROUP_ROWS, 2, AP]
+    other_spans,  # [B, MP / GROUP_ROWS, 2, AP]
     d_scores,  # float32 [B, T, S]; zero where a query doesn't attend
     lengths,  # [B] or None
     used,  # uint8 [B, S] or None: keys of zero don't enter, whatever they hold
@@ -179,9 +187,8 @@ def scores_bwd_kernel(
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that brings rows of the other side into shared memory
-    ROWS: tl.constexpr,  # of the other side at a time, by which 32 is divisible
-    OWN_ENTRIES: tl.constexpr,  # powers of two, at least the entries of ranges
-    OTHER_ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr,  # of the other side at a time, by which GROUP_ROWS is divisible
+    GROUP_ROWS: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     n_blocks, a_blocks = tl.cdiv(N, N_BLOCK), tl.cdiv(A, A_BLOCK)
@@ -205,14 +212,19 @@ def scores_bwd_kernel(
     d_scores += b * N * M + n_wide * n_step
     place = b * N * A + n_wide[:, None] * A + a[None, :]
     there = n_mask[:, None] & a_mask[None, :]
-    own_there = valid[:, None] & a_mask[None, :]
+    clean = valid[:, None] & a_mask[None, :]
     used_row = used
     if used is not None:
         used_row = used + b * M
     if MERGED:
-        own_most, own_least = range_of(own_ranges + b * (NP // 32) * 2, NP // 32, 0, OWN_ENTRIES)
-        most, least = range_of(other_ranges + b * (MP // 32) * 2, MP // 32, 0, OTHER_ENTRIES)
-        form = form_of(own_most, own_least, most, least, 2.0 * bits_of(own_most + most))
+        own_groups: tl.constexpr = (N_BLOCK + GROUP_ROWS - 1) // GROUP_ROWS
+        own_spans += (b * (NP // GROUP_ROWS) + n_block * N_BLOCK // GROUP_ROWS) * 2 * AP
+        own_there = tl.minimum(own_groups, NP // GROUP_ROWS - n_block * N_BLOCK // GROUP_ROWS)
+        top, low = span_of(own_spans, own_there, a, AP, A_BLOCK, own_groups)
+        other_spans += b * (MP // GROUP_ROWS) * 2 * AP
+        other_top, other_low = span_of(other_spans, MP // GROUP_ROWS, a, AP, A_BLOCK, 8)
+        exponent = 2.0 * tl.max(bits_of(top + other_top), 0)
+        form = form_of(size_of(top, low), size_of(other_top, other_low), exponent)
         e = tl.load(own_exp + b * NP * AP + n_wide[:, None] * AP + a[None, :], mask=there, other=1.0)
         rows = other_exp + b * MP * AP + a
         if form == 0:
@@ -242,7 +254,7 @@ def scores_bwd_kernel(
             acc *= 4.0
             acc_v *= -2.0
         else:
-            own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
+            own_block = tl.load(own + place, mask=clean, other=0.0).to(tl.float32)
             acc, acc_v = direct_rows(
                 own_block,
                 other + b * M * A + a,
@@ -261,7 +273,7 @@ def scores_bwd_kernel(
                 WITH_V,
             )
     else:
-        own_block = tl.load(own + place, mask=own_there, other=0.0).to(tl.float32)
+        own_block = tl.load(own + place, mask=clean, other=0.0).to(tl.float32)
         acc, acc_v = direct_rows(
             own_block,
             other + b * M * A + a,
@@ -307,13 +319,13 @@ def scores_bwd(
         return torch.zeros_like(query), torch.zeros_like(keys), d_v
     merged = score.exponential and v is not None
     used = masks.used()
-    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
+    q = k = Side(None, None, None)  # type: ignore[arg-type]
     with on_device(query):
         if merged:
-            q = exponentials(query, 1, None, tops=False)
-            k = exponentials(keys, 1, None, masks.lengths, used, tops=False)
+            q = exponentials(query, 1, None)
+            k = exponentials(keys, 1, None, masks.lengths, used)
         columns = padded(width, UNROLL)
-        rows_q, rows_k = padded(steps, SIDE_ROWS.value), padded(source, SIDE_ROWS.value)
+        rows_q, rows_k = padded(steps, GROUP), padded(source, GROUP)
         partial = None
         if v is not None:
             partial = query.new_empty(batch, triton.cdiv(steps, tile.N), width, dtype=torch.float32)
@@ -328,8 +340,8 @@ def scores_bwd(
                 v,
                 a.exponentials,
                 b.exponentials,
-                a.ranges,
-                b.ranges,
+                a.spans,
+                b.spans,
                 d_scores,
                 masks.lengths,
                 used,
@@ -353,8 +365,7 @@ def scores_bwd(
                 A_BLOCK=tile.A,
                 STAGES=tile.stages,
                 ROWS=tile.rows,
-                OWN_ENTRIES=triton.next_power_of_2(n_rows // SIDE_ROWS.value),
-                OTHER_ENTRIES=triton.next_power_of_2(m_rows // SIDE_ROWS.value),
+                GROUP_ROWS=GROUP,
                 TARGET=target(),
                 num_warps=tile.warps,
                 **tile.limits(),

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from seqattn_kernels.kernels import tiles
 from seqattn_kernels.kernels.exponentials import (
-    ROWS,
     Side,
     bits_of,
     coefficient_count,
     exponentials,
     form_of,
-    range_of,
+    group_of,
+    size_of,
+    span_of,
 )
 from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
 from seqattn_kernels.kernels.scores import Score, additive_bounded, additive_merged3, additive_merged4
@@ -28,15 +29,9 @@ def threes_of(unroll):
 
 
 @triton.jit
-def exponent_of(q_tops, k_tops, bits, AP, K_ENTRIES: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr):
-    """log2 of the largest product of y that `merged_tile` makes, from the largest q and k of each column."""
-    a = tl.arange(0, COLUMNS)
-    there = a < AP
-    q = tl.load(q_tops + a, mask=there, other=float("-inf"))
-    k = tl.load(k_tops + a, mask=there, other=float("-inf"))
-    for i in tl.static_range(1, K_ENTRIES):
-        k = tl.maximum(k, tl.load(k_tops + i * AP + a, mask=there, other=float("-inf")))
-    each = tl.reshape(bits_of(q + k) + tl.load(bits + a, mask=there, other=0.0), (COLUMNS // UNROLL, UNROLL))
+def exponent_of(top, bits, UNROLL: tl.constexpr, COLUMNS: tl.constexpr):
+    """log2 of the largest product that `merged_tile` makes, from the largest q + k and log2(1/v) of each column."""
+    each = tl.reshape(bits_of(top) + bits, (COLUMNS // UNROLL, UNROLL))
     threes: tl.constexpr = threes_of(UNROLL)
     i = tl.arange(0, UNROLL)
     group = tl.where(i < threes, i // 3, threes // 3 + (i - threes) // 4)[None, :]
@@ -137,13 +132,11 @@ def scores_fwd_kernel(
     query,  # [B, T, A]
     keys,  # [B, S, A]
     v,  # [H, A] or None: batch element b has row b % H
-    q_exp,  # float32 [B, TP / T_BLOCK, AP, T_BLOCK] / v, blocked; the four only with MERGED
+    q_exp,  # float32 [B, TP / T_BLOCK, AP, T_BLOCK] / v, blocked; these five only with MERGED
     k_exp,  # float32 [B, SP / S_BLOCK, AP, S_BLOCK], blocked
     coefficients,  # [H, ...]: of each UNROLL columns 1/v and half the sum of v; then log2(1/v) of each column; scale
-    q_ranges,  # [B, TP / 32, 2]
-    k_ranges,  # [B, SP / 32, 2]
-    q_tops,  # [B, TP / 32, AP]
-    k_tops,  # [B, SP / 32, AP]
+    q_spans,  # [B, TP / Q_GROUP, 2, AP]
+    k_spans,  # [B, SP / K_GROUP, 2, AP]
     lengths,  # [B] or None: tiles past it are left as they are
     out,  # float32 [B, T, S]
     T,
@@ -158,8 +151,9 @@ def scores_fwd_kernel(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that brings columns into shared memory
     COLUMNS: tl.constexpr,  # power of two, at least AP
+    Q_GROUP: tl.constexpr,
+    K_GROUP: tl.constexpr,
     TARGET: tl.constexpr,
-    SIDE_ROWS: tl.constexpr = ROWS,
 ):
     t_blocks, s_blocks = tl.cdiv(T, T_BLOCK), tl.cdiv(S, S_BLOCK)
     tile = tl.program_id(0)
@@ -167,29 +161,27 @@ def scores_fwd_kernel(
     b = (tile // s_blocks // t_blocks).to(tl.int64)
     t = t_block * T_BLOCK + tl.arange(0, T_BLOCK)
     s = s_block * S_BLOCK + tl.arange(0, S_BLOCK)
-    end = S
+    length = S
     if lengths is not None:
-        end = tl.load(lengths + b)
-    if s_block * S_BLOCK >= end:
+        length = tl.load(lengths + b)
+    if s_block * S_BLOCK >= length:
         return
     head = b % heads
     if v is not None:
         v += head * A
     if MERGED:
-        q_entries: tl.constexpr = T_BLOCK // SIDE_ROWS
-        k_entries: tl.constexpr = S_BLOCK // SIDE_ROWS
         coefficients += head * coefficient_count(AP, UNROLL)
-        bits = coefficients + AP // UNROLL * (UNROLL + 1)
-        q_entry = (b * t_blocks + t_block) * q_entries
-        k_entry = (b * s_blocks + s_block) * k_entries
-        q_most, q_least = range_of(q_ranges + q_entry * 2, q_entries, 0, q_entries)
-        k_most, k_least = range_of(k_ranges + k_entry * 2, k_entries, 0, k_entries)
-        exponent = 0.0
-        for i in tl.static_range(0, q_entries):
-            tops = exponent_of(q_tops + (q_entry + i) * AP, k_tops + k_entry * AP, bits, AP, k_entries, UNROLL, COLUMNS)
-            exponent = tl.maximum(exponent, tops)
-        form = form_of(q_most, q_least, k_most, k_least, exponent)
-        scale = -2.0 * tl.load(bits + AP)
+        end = coefficients + AP // UNROLL * (UNROLL + 1)
+        q_groups: tl.constexpr = T_BLOCK // Q_GROUP
+        k_groups: tl.constexpr = S_BLOCK // K_GROUP
+        a = tl.arange(0, COLUMNS)
+        q_spans += (b * t_blocks + t_block) * q_groups * 2 * AP
+        k_spans += (b * s_blocks + s_block) * k_groups * 2 * AP
+        q_top, q_low = span_of(q_spans, q_groups, a, AP, COLUMNS, q_groups)
+        k_top, k_low = span_of(k_spans, k_groups, a, AP, COLUMNS, k_groups)
+        bits = tl.load(end + a, mask=a < AP, other=0.0)
+        form = form_of(size_of(q_top, q_low), size_of(k_top, k_low), exponent_of(q_top + k_top, bits, UNROLL, COLUMNS))
+        scale = -2.0 * tl.load(end + AP)
         q_tile = q_exp + (b * t_blocks + t_block) * AP * T_BLOCK
         k_tile = k_exp + (b * s_blocks + s_block) * AP * S_BLOCK
         if form == 0:
@@ -220,7 +212,7 @@ def scores_fwd(
         return out
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     merged = score.exponential and v is not None and width > 0
-    q = k = Side(None, None, None, None)  # type: ignore[arg-type]
+    q = k = Side(None, None, None)  # type: ignore[arg-type]
     with on_device(query):
         if merged:
             q = exponentials(query, tile.T, v, unroll=tile.unroll)
@@ -232,10 +224,8 @@ def scores_fwd(
             q.exponentials,
             k.exponentials,
             q.coefficients,
-            q.ranges,
-            k.ranges,
-            q.tops,
-            k.tops,
+            q.spans,
+            k.spans,
             masks.lengths,
             out,
             steps,
@@ -250,6 +240,8 @@ def scores_fwd(
             UNROLL=tile.unroll,
             STAGES=tile.stages,
             COLUMNS=triton.next_power_of_2(padded(max(width, 1), tile.unroll)),
+            Q_GROUP=group_of(tile.T),
+            K_GROUP=group_of(tile.S),
             TARGET=target(),
             num_warps=tile.warps,
             **tile.limits(),

@@ -42,45 +42,38 @@ class StepTile:
     programs: int  # that fill the GPU
 
 
-FORWARD = ForwardTile(T=32, S=128, unroll=16, warps=4, stages=2)
-BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=2)
-STEP = StepTile(elements=8192, warps=4, stages=2, programs=256)
+FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4, registers=96)
+BACKWARD = BackwardTile(N=32, A=128, warps=4, stages=3, rows=8)
+STEP = StepTile(elements=8192, warps=4, stages=3, programs=256)
 STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=1, programs=2048)
 
 # What `compile.py` compiles and a tuning run may try.
 FORWARD_TILES = [
     FORWARD,
-    ForwardTile(32, 128, 16, 4, 3),
-    ForwardTile(32, 128, 16, 4, 1),
+    ForwardTile(16, 128, 16, 4, 1),
+    ForwardTile(16, 128, 16, 4, 2),
     ForwardTile(32, 128, 16, 4, 1, 168),
-    ForwardTile(32, 128, 8, 4, 3),
-    ForwardTile(32, 256, 16, 8, 2),
+    ForwardTile(32, 128, 16, 4, 2),
 ]
 BACKWARD_TILES = [
     BACKWARD,
-    BackwardTile(16, 128, 4, 1),
+    BackwardTile(32, 128, 4, 3, 8, 168),
     BackwardTile(16, 128, 4, 3, 8),
-    BackwardTile(32, 128, 4, 2),
-    BackwardTile(32, 128, 4, 3, 8),
-    BackwardTile(16, 256, 8, 3, 4),
-    BackwardTile(32, 128, 8, 3, 4),
+    BackwardTile(16, 128, 4, 1, 4),
+    BackwardTile(16, 128, 4, 2, 4),
+    BackwardTile(32, 128, 4, 2, 4, 168),
 ]
 STEP_TILES = [
     STEP,
-    StepTile(8192, 4, 3, 256),
-    StepTile(8192, 4, 1, 256),
     StepTile(4096, 4, 3, 256),
-    StepTile(4096, 4, 3, 512),
     StepTile(4096, 2, 3, 512),
-    StepTile(2048, 2, 4, 1024),
-    StepTile(4096, 4, 2, 1024),
-    StepTile(2048, 4, 4, 512),
+    StepTile(4096, 4, 4, 256),
+    StepTile(8192, 4, 4, 256),
+    StepTile(8192, 4, 2, 256),
 ]
 STEP_BACKWARD_TILES = [
     STEP_BACKWARD,
-    StepTile(4096, 4, 2, 1024),
     StepTile(4096, 4, 3, 1024),
-    StepTile(2048, 4, 3, 1024),
-    StepTile(2048, 2, 3, 1024),
-    StepTile(4096, 4, 2, 512),
+    StepTile(4096, 4, 2, 1024),
+    StepTile(2048, 4, 1, 2048),
 ]
