@@ -50,12 +50,23 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // and the context and h in w_output. input [B, T, I]; keys [B, S, A] and what additive_pack made of them; mask
   // boolean [B, S]; weights: of each layer w_ih, w_hh, then b_ih, b_hh (has_bias); packed: what decoder_pack made.
   // Results: h [L, B, T, H], last c [L, B, H], contexts [B, T, D], weights [B, T, S], attentional vectors [B, T, M],
-  // reserve for backward; those there are none of are empty.
+  // reserve for backward; those there are none of are empty. owners [B]: the row of keys, values, lengths and mask that
+  // each row attends to, its own where absent; not with `save`.
   m.def(
       "decoder_fwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor? packed_keys, "
       "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
-      "Tensor? b_output, Tensor? packed, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? b_output, Tensor? packed, Tensor? owners, bool save) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same, each step's input the embedding [V, I] of the most probable word of the step before, until `end` (-1:
+  // none) or `max_length`. w_predict [V, M or H], b_predict: from the output to logits; absent where it is them. start
+  // [B]: the first words. Results: words [B, T], how many are each row's [B], log-probabilities [B], weights [B, T, S].
+  m.def(
+      "decoder_generate(int cell, int[] options, float scale, Tensor embedding, Tensor keys, Tensor? packed_keys, "
+      "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
+      "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
+      "Tensor? b_output, Tensor? packed, Tensor? owners, Tensor? w_predict, Tensor? b_predict, Tensor start, int end, "
+      "int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
   // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
   // b_output (empty where there is none), then of the weights.
   m.def(

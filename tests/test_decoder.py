@@ -455,9 +455,14 @@ def test_operators(cell: str) -> None:
     shared = _arguments(spec, t, weights)
     forward = (number, _options(spec), 1.0, t.input, t.keys, packed_keys, t.values, *shared)
     checks = ("test_schema", "test_faketensor")
-    for packed, save in ((None, True), (ops.decoder_pack(number, *projections), False)):
-        torch.library.opcheck(ops.decoder_fwd.default, (*forward, packed, save), test_utils=checks)
-    hidden, c_n, contexts, found, attentional, reserve = ops.decoder_fwd(*forward, None, True)
+    packed = ops.decoder_pack(number, *projections)
+    for arguments in ((None, None, True), (packed, None, False), (packed, torch.tensor([1, 1]), False)):
+        torch.library.opcheck(ops.decoder_fwd.default, (*forward, *arguments), test_utils=checks)
+    hidden, c_n, contexts, found, attentional, reserve = ops.decoder_fwd(*forward, None, None, True)
+    free = list(forward)
+    free[3] = torch.randn(8, 3)
+    free = (*free, packed, None, torch.randn(8, 5), torch.randn(8), torch.tensor([0, 3]), 2, 4)
+    torch.library.opcheck(ops.decoder_generate.default, free, test_utils=checks)
     given = (number, _options(spec), 1.0, t.input, t.keys, t.values, *shared)
     kept = hidden, contexts, found, attentional, reserve
     d_c_n = torch.randn_like(c_n) if cell == "lstm" else None

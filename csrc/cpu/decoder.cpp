@@ -71,6 +71,7 @@ template <class T>
 struct Arguments {
   DecoderProblem<T> p{};
   const CellInfo& cell;
+  int64_t memory_rows = 0;   // of keys and values: B without owners
   std::vector<Tensor> kept;  // what the pointers point into
   std::vector<LayerWeights<T>> layers;
   std::vector<int64_t> lengths;
@@ -163,15 +164,15 @@ struct Arguments {
     args.S = p.S;
     args.A = p.A;
     args.D = p.D;
-    args.keys = take("keys", keys, {p.B, p.S, p.A});
-    args.values = take("values", values, {p.B, p.S, p.D});
+    args.keys = take("keys", keys, {memory_rows, p.S, p.A});
+    args.values = take("values", values, {memory_rows, p.S, p.D});
     if (p.score == DecoderScore::additive) {
       if (!v) fail("v: expected [A] for additive scores, got None");
       score_vector.read(take("v", *v, {p.A}), &args);
     }
     if (given_lengths) read_lengths(*given_lengths);
     if (mask) {
-      check_tensor("mask", *mask, ScalarType::Bool, {p.B, p.S});
+      check_tensor("mask", *mask, ScalarType::Bool, {memory_rows, p.S});
       kept.push_back(dense(*mask));
       args.mask_bool = static_cast<const uint8_t*>(kept.back().data_ptr());
       args.mask_b = p.S;
@@ -179,10 +180,10 @@ struct Arguments {
   }
 
   void read_lengths(const Tensor& given) {
-    check_tensor("lengths", given, ScalarType::Long, {p.B});
+    check_tensor("lengths", given, ScalarType::Long, {memory_rows});
     const Tensor t = dense(given);
-    lengths.assign(t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + p.B);
-    for (int64_t b = 0; b < p.B; ++b) {
+    lengths.assign(t.const_data_ptr<int64_t>(), t.const_data_ptr<int64_t>() + memory_rows);
+    for (int64_t b = 0; b < memory_rows; ++b) {
       if (lengths[size_t(b)] < 0 || lengths[size_t(b)] > p.S) {
         fail("lengths: expected values in [0, ", p.S, "] (S of keys), got ", lengths[size_t(b)], " at [", b, "]");
       }
@@ -190,10 +191,41 @@ struct Arguments {
     p.attention.lengths = lengths.data();
   }
 
+  void read_packed_keys(const MaybeTensor& packed) {
+    if (p.score != DecoderScore::additive) return;
+    if (!packed) fail("packed_keys: expected what additive_pack made of keys, got None");
+    p.attention.packed = take("packed_keys", *packed, {memory_rows, p.attention.blocks(), packed_rows(p.A), kKeyBlock});
+  }
+
+  void read_owners(const Tensor& given) {
+    check_tensor("owners", given, ScalarType::Long, {-1});
+    kept.push_back(dense(given));
+    p.owners = kept.back().const_data_ptr<int64_t>();
+    p.B = given.size(0);
+    for (int64_t b = 0; b < p.B; ++b) {
+      if (p.owners[b] < 0 || p.owners[b] >= memory_rows) {
+        fail("owners: expected values in [0, ", memory_rows, ") (rows of keys), got ", p.owners[b], " at [", b, "]");
+      }
+    }
+  }
+
+  const int64_t* take_words(const char* name, const Tensor& given) {
+    check_tensor(name, given, ScalarType::Long, {p.B});
+    kept.push_back(dense(given));
+    const int64_t* words = kept.back().const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < p.B; ++b) {
+      if (words[b] < 0 || words[b] >= p.vocabulary) {
+        fail(name, ": expected words in [0, ", p.vocabulary, ") (V of embedding), got ", words[b], " at [", b, "]");
+      }
+    }
+    return words;
+  }
+
   // Threads by the work there is; tiles are split among them where that leaves none idle for long.
   void plan(double passes) {
     const double dense_products = double(cell.gates * p.H) * double(p.width + p.H + (p.layers - 1) * 2 * p.H) +
-                                  double(p.w_query ? p.A * p.H : 0) + double(p.M * (p.D + p.H));
+                                  double(p.w_query ? p.A * p.H : 0) + double(p.M * (p.D + p.H)) +
+                                  double(p.vocabulary * (p.M ? p.M : p.H));
     const double row = dense_products + double(p.S) * double(4 * p.A + p.D);
     const double step = passes * row * double(p.B), total = step * double(p.steps);
     const int64_t most = torch::stable::get_num_threads(), tiles = p.tiles();
@@ -216,11 +248,13 @@ struct Arguments {
 struct Given {
   const std::vector<int64_t>& options;
   double scale;
-  const Tensor &input, &keys, &values;
+  const Tensor &input, &keys, &values;  // input: [B, T, I], or, running freely, the embeddings [V, I]
   const MaybeTensor &lengths, &mask, &h0, &c0, &context0, &attentional0;
   const std::vector<Tensor>& weights;
   bool has_bias;
   const MaybeTensor &w_query, &b_query, &v, &w_output, &b_output;
+  const MaybeTensor *owners = nullptr, *start = nullptr;
+  int64_t max_length = 0;  // running freely
 };
 
 template <class T>
@@ -229,14 +263,25 @@ void read(Arguments<T>* a, const Given& g) {
   a->read_options(g.options, g.scale);
   if (g.keys.dim() != 3) fail("keys: expected [B, S, A], got ", shape_of(g.keys));
   if (g.values.dim() != 3) fail("values: expected [B, S, D], got ", shape_of(g.values));
-  p.B = g.keys.size(0);
+  p.B = a->memory_rows = g.keys.size(0);
   p.S = g.keys.size(1);
   p.A = g.keys.size(2);
   p.D = g.values.size(2);
-  if (g.input.dim() != 3) fail("input: expected [B, T, I], got ", shape_of(g.input));
-  p.steps = g.input.size(1);
-  p.I = g.input.size(2);
-  p.input = a->take("input", g.input, {p.B, p.steps, p.I});
+  if (g.owners && *g.owners) a->read_owners(**g.owners);
+  p.end = -1;
+  if (g.start) {
+    if (g.input.dim() != 2) fail("embedding: expected [V, I], got ", shape_of(g.input));
+    p.vocabulary = g.input.size(0);
+    p.I = g.input.size(1);
+    p.steps = g.max_length;
+    p.embedding = a->take("embedding", g.input, {p.vocabulary, p.I});
+    p.start = a->take_words("start", **g.start);
+  } else {
+    if (g.input.dim() != 3) fail("input: expected [B, T, I], got ", shape_of(g.input));
+    p.steps = g.input.size(1);
+    p.I = g.input.size(2);
+    p.input = a->take("input", g.input, {p.B, p.steps, p.I});
+  }
   a->read_weights(g.weights, g.has_bias, g.w_query, g.b_query, g.w_output, g.b_output);
   a->read_memory(g.keys, g.values, g.v, g.lengths, g.mask);
   p.h0 = a->take("h0", g.h0, {p.layers, p.B, p.H});
@@ -256,10 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t numbe
   DecoderProblem<T>& p = a.p;
   read(&a, given);
   const Tensor& input = given.input;
-  if (p.score == DecoderScore::additive) {
-    if (!packed_keys) fail("packed_keys: expected what additive_pack made of keys, got None");
-    p.attention.packed = a.take("packed_keys", *packed_keys, {p.B, p.attention.blocks(), packed_rows(p.A), kKeyBlock});
-  }
+  a.read_packed_keys(packed_keys);
 
   auto make = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(input, shape); };
   Tensor hidden = make({p.layers, p.B, p.steps, p.H});
@@ -284,6 +326,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t numbe
   a.take_scratch(packed ? 0 : size);
   if (p.B) run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
   return {hidden, c_n, contexts, found, attentional, reserve};
+}
+
+// Running freely: words [B, T] and how many of them are each row's [B], sums of log-probabilities [B], weights [B, T,
+// S]. What comes after a row's own words means nothing.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> generate(int64_t number, const Given& given, const MaybeTensor& packed_keys,
+                                                    const MaybeTensor& packed, const MaybeTensor& w_predict,
+                                                    const MaybeTensor& b_predict, int64_t end) {
+  Arguments<T> a(number);
+  DecoderProblem<T>& p = a.p;
+  if (given.max_length < 0) fail("max_length: expected at least 0, got ", given.max_length);
+  read(&a, given);
+  a.read_packed_keys(packed_keys);
+  p.end = end;
+  p.chunk_steps = 1;  // the next input is known a step at a time
+  p.w_predict = a.take("w_predict", w_predict, {p.vocabulary, p.M ? p.M : p.H});
+  p.b_predict = a.take("b_predict", b_predict, {p.vocabulary});
+  if (!w_predict && (p.M ? p.M : p.H) != p.vocabulary) {
+    fail("w_predict: expected a tensor, as the output isn't the logits of V=", p.vocabulary, " words");
+  }
+
+  auto make = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(given.input, shape); };
+  auto integers = [&](std::vector<int64_t> shape) {
+    return torch::stable::new_zeros(given.input, shape, ScalarType::Long);
+  };
+  // h, contexts and attentional vectors of all steps are nobody's here.
+  Tensor hidden = make({p.layers, p.B, p.steps, p.H}), contexts = make({p.B, p.steps, p.D});
+  Tensor c_n = make(a.cell.has_cell ? std::vector<int64_t>{p.layers, p.B, p.H} : std::vector<int64_t>{0});
+  Tensor attentional = make({p.B, p.steps, p.M}), found = make({p.B, p.steps, p.S}), log_probs = make({p.B});
+  Tensor words = integers({p.B, p.steps}), counts = integers({p.B});
+  p.hidden = hidden.mutable_data_ptr<T>();
+  p.c_n = c_n.mutable_data_ptr<T>();
+  p.attention.context = contexts.mutable_data_ptr<T>();
+  p.attention.weights = found.mutable_data_ptr<T>();
+  p.attentional = attentional.mutable_data_ptr<T>();
+  p.log_probs = log_probs.mutable_data_ptr<T>();
+  p.words = words.mutable_data_ptr<int64_t>();
+  p.word_count = counts.mutable_data_ptr<int64_t>();
+  int not_a_number = 0;
+  p.not_a_number = &not_a_number;
+
+  const DecoderKernels<T>& k = kernels<T>();
+  const int64_t size = k.packed_size(int(number), p);
+  p.packed_given = packed.has_value();
+  if (packed) p.packed = const_cast<T*>(a.take("packed", *packed, {size}));
+  a.plan(1);
+  k.forward_scratch(int(number), &p);
+  a.take_scratch(packed ? 0 : size);
+  if (p.B) run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
+  if (not_a_number) fail("logits: expected numbers, got NaN, or no finite one, in a step");
+  return {words, counts, log_probs, found};
 }
 
 // Results: gradients of input (empty unless need_input), keys, values, h0, c0, context0, attentional0, w_query,
@@ -381,10 +474,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_fwd_cpu(
     int64_t cell, std::vector<int64_t> options, double scale, Tensor input, Tensor keys, MaybeTensor packed_keys,
     Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0, MaybeTensor c0, MaybeTensor context0,
     MaybeTensor attentional0, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query, MaybeTensor b_query,
-    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, bool save) {
-  const Given given{options,  scale,        input,   keys,     values,  lengths, mask, h0,       c0,
-                    context0, attentional0, weights, has_bias, w_query, b_query, v,    w_output, b_output};
+    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, MaybeTensor owners, bool save) {
+  const Given given{options,      scale,   input,    keys,    values,  lengths, mask,     h0,       c0,     context0,
+                    attentional0, weights, has_bias, w_query, b_query, v,       w_output, b_output, &owners};
+  if (owners && save) fail("owners: expected None with save, as backward has none");
   return with_dtype(input, [&](auto t) { return forward<decltype(t)>(cell, given, packed_keys, packed, save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decoder_generate_cpu(
+    int64_t cell, std::vector<int64_t> options, double scale, Tensor embedding, Tensor keys, MaybeTensor packed_keys,
+    Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0, MaybeTensor c0, MaybeTensor context0,
+    MaybeTensor attentional0, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query, MaybeTensor b_query,
+    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, MaybeTensor owners,
+    MaybeTensor w_predict, MaybeTensor b_predict, Tensor start, int64_t end, int64_t max_length) {
+  const MaybeTensor first = start;
+  const Given given{options, scale, embedding, keys,         values,  lengths,  mask,
+                    h0,      c0,    context0,  attentional0, weights, has_bias, w_query,
+                    b_query, v,     w_output,  b_output,     &owners, &first,   max_length};
+  return with_dtype(embedding, [&](auto t) {
+    return generate<decltype(t)>(cell, given, packed_keys, packed, w_predict, b_predict, end);
+  });
 }
 
 std::vector<Tensor> decoder_bwd_cpu(int64_t cell, std::vector<int64_t> options, double scale, Tensor input, Tensor keys,
@@ -413,6 +522,7 @@ Tensor decoder_pack_cpu(int64_t cell, std::vector<Tensor> weights, bool has_bias
 
 STABLE_TORCH_LIBRARY_IMPL(seqattn, CPU, m) {
   m.impl("decoder_fwd", TORCH_BOX(&decoder_fwd_cpu));
+  m.impl("decoder_generate", TORCH_BOX(&decoder_generate_cpu));
   m.impl("decoder_bwd", TORCH_BOX(&decoder_bwd_cpu));
   m.impl("decoder_pack", TORCH_BOX(&decoder_pack_cpu));
 }

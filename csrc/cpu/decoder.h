@@ -42,6 +42,16 @@ struct DecoderProblem {
   T *hidden, *c_n, *attentional, *reserve;  // reserve: null where backward won't be asked for
   T* packed;
   bool packed_given;
+  const int64_t* owners;  // [B] the row of keys, values, lengths and mask that each row attends to, or null: its own
+
+  // Free running: the input of a step is the embedding of the most probable word of the step before, until `end`
+  // (none: -1). embedding [V, I] or null: not free; w_predict [V, M or H], or null: the output holds the logits.
+  const T *embedding, *w_predict, *b_predict;
+  int64_t vocabulary, end;
+  const int64_t* start;         // [B]
+  int64_t *words, *word_count;  // [B, T]; [B], `end` included
+  T* log_probs;                 // [B] sums
+  int* not_a_number;            // set where a logit is
 
   // Backward; a null gradient coming in is zero, one going out isn't wanted. Weight gradients are added to.
   const T *d_hidden, *d_c_n, *d_contexts, *d_weights, *d_attentional;

@@ -84,13 +84,14 @@ void pack_decoder(const DecoderProblem<T>& p, Gang& gang) {
 template <class T>
 AttentionArgs<T> attention_of(const DecoderProblem<T>& p, int64_t b, int64_t t, const T* query) {
   AttentionArgs<T> args = p.attention;
+  const int64_t owner = p.owners ? p.owners[b] : b;
   args.B = args.T_ = 1;
   args.query = query;
-  args.keys += b * p.S * p.A;
-  if (args.packed) args.packed += b * args.blocks() * packed_block(p.A);
-  args.values += b * p.S * p.D;
-  if (args.lengths) args.lengths += b;
-  if (args.mask_bool) args.mask_bool += b * args.mask_b;
+  args.keys += owner * p.S * p.A;
+  if (args.packed) args.packed += owner * args.blocks() * packed_block(p.A);
+  args.values += owner * p.S * p.D;
+  if (args.lengths) args.lengths += owner;
+  if (args.mask_bool) args.mask_bool += owner * args.mask_b;
   args.context += (b * p.steps + t) * p.D;
   args.weights += (b * p.steps + t) * p.S;
   return args;
@@ -112,7 +113,9 @@ void dot_scores(const AttentionArgs<T>& args, T scale, int64_t j0, int64_t j1, T
 
 template <class Cell, class T>
 struct ForwardTile {
-  T *pre, *above, *h, *c, *context, *attentional, *query, *rows, *end;
+  T *pre, *above, *h, *c, *context, *attentional, *query, *rows, *logits, *end;
+  int64_t* words;  // the newest of each row, -1 where it has ended
+  int64_t ld_logits;
   int64_t ld_h, ld_c, ld_context, ld_attentional, ld_query, ld_rows;
 
   // Pre-activations of the first layer for a chunk of steps [panel][row][step][slot][units], of one above it for one
@@ -139,6 +142,9 @@ struct ForwardTile {
     attentional = take(n * ld_attentional);
     query = take(n * ld_query);
     rows = take(n * ld_rows);
+    ld_logits = row_stride(p.vocabulary);
+    logits = take(p.embedding ? n * ld_logits : 0);
+    words = reinterpret_cast<int64_t*>(take(n * int64_t(sizeof(int64_t) / sizeof(T))));
     end = at;
   }
 };
@@ -177,6 +183,7 @@ class DecoderForward {
       now_ = 1 - now_;
       if (p_.order == DecoderOrder::luong) attend(t);
       if (p_.M) project_output(t);
+      if (p_.embedding && predict(t)) break;
     }
     finish();
   }
@@ -210,6 +217,11 @@ class DecoderForward {
       set_row(s_.context + i * s_.ld_context, p_.context0 ? p_.context0 + b * p_.D : nullptr, p_.D, s_.ld_context);
       set_row(s_.attentional + i * s_.ld_attentional, p_.attentional0 ? p_.attentional0 + b * p_.M : nullptr, p_.M,
               s_.ld_attentional);
+      if (p_.embedding) {
+        s_.words[i] = p_.start[b];
+        p_.word_count[b] = 0;
+        p_.log_probs[b] = 0;
+      }
     }
   }
 
@@ -240,8 +252,10 @@ class DecoderForward {
           for (int64_t j = 0; j < ld; j += W) store(pre + t * ld + j, load(bias + j));
         }
         if (p_.I == 0) continue;
-        multiply(pre, ld, p_.input + ((b0_ + i) * p_.steps + t0) * p_.I, p_.I, layer.ih_panel(p), p_.width, p_.input_at,
-                 p_.I, steps, units);
+        // A row that has ended goes on with any word.
+        const T* x = p_.embedding ? p_.embedding + (s_.words[i] < 0 ? 0 : s_.words[i]) * p_.I
+                                  : p_.input + ((b0_ + i) * p_.steps + t0) * p_.I;
+        multiply(pre, ld, x, p_.I, layer.ih_panel(p), p_.width, p_.input_at, p_.I, steps, units);
       }
     }
   }
@@ -396,6 +410,74 @@ class DecoderForward {
       }
     }
     gang_.barrier();
+  }
+
+  // Takes the most probable words of step t; whether no row goes on.
+  bool predict(int64_t t) {
+    const T* output = p_.M ? s_.attentional : before(p_.layers - 1, 0);
+    const int64_t K = p_.M ? p_.M : p_.H, ld = p_.M ? s_.ld_attentional : s_.ld_h, V = p_.vocabulary;
+    int64_t begin, end;
+    if (p_.w_predict) {
+      gang_.share(vectors_of<T>(V), &begin, &end);
+      for (int64_t v = begin * W; v < end * W && v < V; v += W) {
+        const int64_t left = V - v < W ? V - v : W;
+        const Vec<T> bias = p_.b_predict ? load_partial(p_.b_predict + v, left) : Vec<T>{};
+        for (int64_t i = 0; i < n_; ++i) store(s_.logits + i * s_.ld_logits + v, bias);
+        const DotProduct<T> product{output, ld, p_.w_predict + v * K, K};
+        multiply_dots(s_.logits + v, s_.ld_logits, &product, 1, n_, left);
+      }
+      gang_.barrier();
+      output = s_.logits;
+    }
+    gang_.share(n_, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      if (s_.words[i] >= 0) take_word(i, t, output + i * (p_.w_predict ? s_.ld_logits : ld));
+    }
+    gang_.barrier();
+    bool done = true;
+    for (int64_t i = 0; i < n_; ++i) done &= s_.words[i] < 0;
+    return done;
+  }
+
+  void take_word(int64_t i, int64_t t, const T* logits) {
+    const int64_t b = b0_ + i, V = p_.vocabulary;
+    Vec<T> largest = broadcast(-kInfinity<T>), sums{};
+    for (int64_t v = 0; v < V; v += W) {
+      Vec<T> x = load_partial(logits + v, V - v);
+      for (int64_t j = V - v; j < W; ++j) x[j] = -kInfinity<T>;
+      largest = x > largest ? x : largest;
+    }
+    const T most = max_lanes<T>(largest);
+    const Vec<T> top = broadcast(most);
+    int64_t best = 0;
+    while (best + 1 < V && logits[best] != most) ++best;
+    for (int64_t v = 0; v < V; v += W) {
+      Vec<T> x = exp<T>(load_partial(logits + v, V - v) - top);
+      for (int64_t j = V - v; j < W; ++j) x[j] = 0;
+      sums += x;
+    }
+    const T sum = sum_lanes<T>(sums);
+    if (!(sum >= 1)) __atomic_store_n(p_.not_a_number, 1, __ATOMIC_RELAXED);
+    p_.log_probs[b] -= log_of(sum);
+    p_.words[b * p_.steps + t] = best;
+    ++p_.word_count[b];
+    s_.words[i] = best == p_.end ? -1 : best;
+  }
+
+  // ln x of a finite x >= 1: halved to below 2, then 2 artanh((x - 1) / (x + 1)).
+  static T log_of(T x) {
+    T y = 0;
+    while (x >= T(2)) {
+      x *= T(0.5);
+      y += T(0.69314718055994530942);
+    }
+    const T r = (x - 1) / (x + 1);
+    T term = r, sum = 0;
+    for (int k = 1; k < 40; k += 2) {
+      sum += term / T(k);
+      term *= r * r;
+    }
+    return y + 2 * sum;
   }
 
   void finish() {

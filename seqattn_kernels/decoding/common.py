@@ -130,6 +130,9 @@ def begin(
     if end is not None and end < 0:
         raise ValueError(f"end: expected a token's number or None, got {end}")
     like, rows = _first_tensor(state, batch_dim)
+    device = None if like is None else like.device
+    if hasattr(state, "select") and not isinstance(state, Tensor):
+        rows, device = getattr(state, "batch_size", None), getattr(state, "device", None)
     if isinstance(start, Tensor):
         if start.dim() != 1 or start.is_floating_point():
             raise ValueError(f"start: expected [B] of integers, got {list(start.shape)} of {start.dtype}")
@@ -140,7 +143,7 @@ def begin(
             raise ValueError("batch_size: expected a number, since neither start nor the state says it, got None")
         source = "the state" if batch_size is None else "batch_size"
         batch = batch_size if batch_size is not None else rows or 0
-        tokens = torch.full((batch,), start, device=None if like is None else like.device)
+        tokens = torch.full((batch,), start, device=device)
     for name, other in (("batch_size", batch_size), ("the state", rows)):
         if other is not None and other != batch:
             raise ValueError(f"{name}: expected B={batch} (from {source}), got {other}")

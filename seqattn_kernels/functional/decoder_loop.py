@@ -42,7 +42,8 @@ class DecoderState:
 
     h [L, B, H], c [L, B, H] of an LSTM, context [B, D], attentional vector [B, M]; weights [B, S] of the last step,
     where it was one alone; what a score that remembers keeps, [B, ..]; the memory; and, where decoding began without
-    gradients, the decoder of that moment and its weights as the native kernels read them.
+    gradients, the decoder of that moment, its weights as the native kernels read them, and the row of the memory
+    that each row attends to (None: its own), so that the memory itself is never copied.
     """
 
     h: Tensor
@@ -54,9 +55,10 @@ class DecoderState:
     history: Any = None
     packed: Tensor | None = None
     decoder: Decoder | None = None
+    owners: Tensor | None = None
 
-    def select(self, index: Tensor, *, memory: bool = True) -> DecoderState:
-        """The state of the rows `index` [N] int64, in that order. memory=False: the memory is right as it is."""
+    def select(self, index: Tensor) -> DecoderState:
+        """The state of the rows `index` [N] int64, in that order."""
 
         def rows(t: Tensor | None, dim: int = 0) -> Any:
             return None if t is None else t.index_select(dim, index)
@@ -66,12 +68,19 @@ class DecoderState:
             rows(self.c, 1),
             rows(self.context),
             rows(self.attentional),
-            self.memory.select(index) if memory else self.memory,
+            self.memory if self.packed is not None else self.memory.select(index),
             rows(self.weights),
             _map(rows, self.history),
             self.packed,
             self.decoder,
+            None if self.packed is None else index if self.owners is None else self.owners.index_select(0, index),
         )
+
+    def own_memory(self) -> DecoderState:
+        """The same with a row of memory for each row."""
+        if self.owners is None:
+            return self
+        return replace(self, memory=self.memory.select(self.owners), owners=None)
 
     def detach(self) -> DecoderState:
         """The same without a past, for truncated backpropagation through time."""
@@ -92,6 +101,10 @@ class DecoderState:
     @property
     def batch_size(self) -> int:
         return self.h.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.h.device
 
 
 def _map(f: Callable[[Tensor | None], Any], history: Any) -> Any:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from seqattn_kernels import backends, ops, reference
 from seqattn_kernels.functional.attention import PreparedKeys, prepare_keys
-from seqattn_kernels.functional.decoder_loop import Decoder, DecoderMemory, DecoderState, Feed, describe, run_steps
+from seqattn_kernels.functional.decoder_loop import (
+    Decoder,
+    DecoderMemory,
+    DecoderState,
+    Feed,
+    describe,
+    run_steps,
+    step,
+)
 from seqattn_kernels.functional.masks import resolve
 from seqattn_kernels.reference.attention import attended, without_unattended
 
@@ -51,6 +59,7 @@ def make_memory(
                 f"mask: expected [B, S] with B={plain.shape[0]}, S={plain.shape[1]}, got {list(mask.shape)}"
             )
         lengths, mask = resolve(plain.shape[0], None, plain.shape[1], values.device, lengths, mask)
+        lengths = None if lengths is None else lengths.contiguous()
     if mask is not None:
         # Once for all steps: what stands where nobody attends must not spread (0 * NaN is NaN).
         attend = attended(plain, lengths, mask)
@@ -132,6 +141,7 @@ def run_decoder(
     backend: str | None = None,
 ) -> DecoderOutput:
     """All steps of input [B, T, I] from a state, by the backend that serves."""
+    state = state.own_memory()
     _check_input(decoder, input, state)
     if (feed is None) != (teacher is None):
         raise ValueError("feed, teacher: expected both or neither, got one")
@@ -210,7 +220,7 @@ def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[T
     try:
         hidden, c_n, contexts, weights, attentional = _native(decoder, input, state)
     except (RuntimeError, TypeError):
-        _check_input(decoder, input, state)
+        _check_input(decoder, input, state.own_memory())
         raise
     context = contexts.squeeze(1)
     output = hidden[-1, :, 0] if attentional is None else attentional.squeeze(1)
@@ -224,8 +234,89 @@ def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[T
         None,
         state.packed,
         decoder,
+        state.owners,
     )
     return output, after
+
+
+class Generated(NamedTuple):
+    """words [B, T]; how many of them are each row's, the end included [B]; whether it came to its end [B]; sums of
+    log-probabilities [B]; weights [B, T, S]. What comes after a row's own words means nothing."""
+
+    words: Tensor
+    lengths: Tensor
+    finished: Tensor
+    log_probs: Tensor
+    weights: Tensor
+
+
+def generate(
+    decoder: Decoder,
+    state: DecoderState,
+    embedding: Tensor,
+    w_predict: Tensor | None,
+    b_predict: Tensor | None,
+    start: Tensor,
+    end: int | None,
+    max_length: int,
+) -> Generated:
+    """Greedy decoding of a state that `pack` made, in one operator."""
+    memory = state.memory
+    packed_keys = memory.keys.packed if isinstance(memory.keys, PreparedKeys) else None
+    words, lengths, log_probs, weights = ops.decoder.generate(
+        decoder.spec,
+        _tensors(decoder, embedding, state),
+        decoder.weights,
+        w_predict,
+        b_predict,
+        start,
+        end,
+        max_length,
+        packed_keys=packed_keys,
+        packed=state.packed,
+        owners=state.owners,
+    )
+    longest = int(lengths.max()) if len(lengths) else 0
+    words, weights = words[:, :longest], weights[:, :longest]
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    if end is not None and longest:
+        finished = words.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1) == end
+    return Generated(words, lengths, finished, log_probs, weights)
+
+
+def generate_by_steps(
+    decoder: Decoder,
+    state: DecoderState,
+    embedding: Tensor,
+    w_predict: Tensor | None,
+    b_predict: Tensor | None,
+    start: Tensor,
+    end: int | None,
+    max_length: int,
+) -> Generated:
+    """The same a step at a time, on any device."""
+    words, found, log_probs = [], [], state.memory.values.new_zeros(len(start))
+    lengths = torch.zeros_like(start)
+    finished = torch.zeros_like(start, dtype=torch.bool)
+    word = start
+    for _ in range(max_length if len(start) else 0):
+        output, state = step(decoder, embedding[word], state)
+        logits = output if w_predict is None else torch.nn.functional.linear(output, w_predict, b_predict)
+        best, word = logits.max(1)
+        log_probs = log_probs + torch.where(finished, 0, best - logits.logsumexp(1))
+        lengths = lengths + ~finished
+        words.append(word)
+        found.append(state.weights)
+        if end is not None:
+            finished = finished | (word == end)
+            if bool(finished.all()):
+                break
+    if bool(log_probs.isnan().any()):
+        raise RuntimeError("logits: expected numbers, got NaN, or no finite one, in a step")
+    if not words:
+        empty = state.memory.values.new_zeros(len(start), 0, state.memory.values.shape[1])
+        return Generated(start.new_zeros(len(start), 0), lengths, finished, log_probs, empty)
+    return Generated(torch.stack(words, 1), lengths, finished, log_probs, torch.stack(found, 1))  # type: ignore[arg-type]
 
 
 def _native(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, Any, Tensor, Tensor, Any]:
@@ -237,6 +328,7 @@ def _native(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tenso
         decoder.weights,
         packed_keys=packed_keys,
         packed=state.packed if decoder is state.decoder else None,
+        owners=state.owners,
     )
 
 

@@ -12,7 +12,17 @@ from seqattn_kernels.functional import DecoderOutput, DecoderState
 from seqattn_kernels.functional.attention import PreparedKeys
 from seqattn_kernels.functional.decoder import CELL_NAMES, SCORES, make_decoder, one_of, project_concat_keys
 from seqattn_kernels.functional.decoder_loop import Decoder, step
-from seqattn_kernels.functional.decoder_run import begin, make_memory, pack, packed_step, run_decoder, why_not
+from seqattn_kernels.functional.decoder_run import (
+    Generated,
+    begin,
+    generate,
+    generate_by_steps,
+    make_memory,
+    pack,
+    packed_step,
+    run_decoder,
+    why_not,
+)
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.nn.alignment import CoverageAttention, LocationSensitiveAttention
 from seqattn_kernels.nn.attention import AdditiveAttention, ConcatAttention, DotAttention, GeneralAttention
@@ -278,7 +288,56 @@ class AttentionDecoder(nn.Module):
         """One step: input [B, I] -> output [B, M or H], the state after it (its `weights` [B, S] are this step's)."""
         if state.packed is not None and state.decoder is not None and not torch.is_grad_enabled():
             return packed_step(state.decoder, input, state)
-        return step(self._parts(), input, state)
+        return step(self._parts(), input, state.own_memory())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        state: DecoderState,
+        embedding: nn.Embedding | Tensor,
+        predict: nn.Linear | None = None,
+        *,
+        start: int | Tensor,
+        end: int | None,
+        max_length: int,
+    ) -> Generated:
+        """Greedy decoding: the input of each step is the embedding of the most probable word of the step before.
+
+        One native operator runs all of it where `why_not` gives no reason against that.
+
+        state: from `begin`. embedding: nn.Embedding or its table [V, I]. predict: nn.Linear from the output to the
+        logits of V words; None where the output holds them. start: the first word, or [B]. end: the word that ends a
+        row, or None. max_length: words at most, the end included.
+
+        Returns words [B, T] with T the longest row, lengths [B] (end included), finished [B], the sums of the words'
+        log-probabilities [B], weights [B, T, S]. Raises ValueError for arguments that don't fit, RuntimeError where
+        logits are NaN.
+        """
+        table = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
+        if table.dim() != 2 or table.shape[1] != self.input_size:
+            raise ValueError(f"embedding: expected [V, I] with I={self.input_size}, got {list(table.shape)}")
+        vocabulary, width = table.shape[0], self.hidden_size
+        if self.output_proj is not None:
+            width = self.output_proj.out_features
+        made = (width, width) if predict is None else (predict.out_features, predict.in_features)
+        if made != (vocabulary, width):
+            raise ValueError(f"predict: expected from {width} (output) to V={vocabulary} (embedding), got {predict}")
+        if max_length < 0:
+            raise ValueError(f"max_length: expected at least 0, got {max_length}")
+        if end is not None and not 0 <= end < vocabulary:
+            raise ValueError(f"end: expected a word below V={vocabulary} or None, got {end}")
+        if not isinstance(start, Tensor):
+            start = torch.full((state.batch_size,), start, device=table.device)
+        if start.shape != (state.batch_size,) or start.is_floating_point():
+            raise ValueError(f"start: expected integers [B] with B={state.batch_size}, got {list(start.shape)}")
+        if start.device.type == "cpu" and start.numel() and not 0 <= int(start.min()) <= int(start.max()) < vocabulary:
+            raise ValueError(f"start: expected words in [0, {vocabulary}), got {start.tolist()}")
+        w_predict, b_predict = (None, None) if predict is None else (predict.weight, predict.bias)
+        if state.packed is not None and state.decoder is not None:
+            run, decoder = generate, state.decoder
+        else:
+            run, decoder, state = generate_by_steps, self._parts(), state.own_memory()
+        return run(decoder, state, table, w_predict, b_predict, start.long(), end, max_length)
 
     def run_freely(
         self,

@@ -59,11 +59,17 @@ def _arguments(spec: Spec, t: Tensors, weights: Sequence[Tensor]) -> tuple[Any, 
 
 
 def _forward(
-    spec: Spec, t: Tensors, weights: Sequence[Tensor], packed_keys: Tensor | None, packed: Tensor | None, save: bool
+    spec: Spec,
+    t: Tensors,
+    weights: Sequence[Tensor],
+    packed_keys: Tensor | None,
+    packed: Tensor | None,
+    owners: Tensor | None,
+    save: bool,
 ) -> tuple[Tensor, ...]:
     return torch.ops.seqattn.decoder_fwd.default(
         _NUMBER[spec.cell], _options(spec), spec.scale, t.input, t.keys, packed_keys, t.values,
-        *_arguments(spec, t, weights), packed, save,
+        *_arguments(spec, t, weights), packed, owners, save,
     )  # fmt: skip
 
 
@@ -71,7 +77,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::decoder_fwd")
     def _(
         cell, options, scale, input, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0, weights,
-        has_bias, w_query, b_query, v, w_output, b_output, packed, save,
+        has_bias, w_query, b_query, v, w_output, b_output, packed, owners, save,
     ):  # fmt: skip
         layers, hidden = len(weights) // (4 if has_bias else 2), weights[1].shape[1]
         batch, steps = input.shape[:2]
@@ -83,6 +89,20 @@ def _register_fakes() -> None:
             empty(batch, steps, keys.shape[1]),
             empty(0) if w_output is None else empty(batch, steps, w_output.shape[0]),
             empty(layers, batch, steps, _SAVED[CELLS[cell]] * _padded(hidden)) if save else empty(0),
+        )
+
+    @torch.library.register_fake("seqattn::decoder_generate")
+    def _(
+        cell, options, scale, embedding, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0,
+        weights, has_bias, w_query, b_query, v, w_output, b_output, packed, owners, w_predict, b_predict, start, end,
+        max_length,
+    ):  # fmt: skip
+        batch = start.shape[0]
+        return (
+            start.new_empty(batch, max_length),
+            start.new_empty(batch),
+            embedding.new_empty(batch),
+            embedding.new_empty(batch, max_length, keys.shape[1]),
         )
 
     @torch.library.register_fake("seqattn::decoder_bwd")
@@ -121,7 +141,7 @@ class DecoderFunction(torch.autograd.Function):
     @staticmethod
     def forward(spec, packed_keys, *tensors):
         t, weights = Tensors(*tensors[: len(Tensors._fields)]), tensors[len(Tensors._fields) :]
-        return _forward(spec, t, weights, packed_keys, None, True)
+        return _forward(spec, t, weights, packed_keys, None, None, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -187,19 +207,46 @@ def attention_decoder(
     *,
     packed_keys: Tensor | None = None,
     packed: Tensor | None = None,
+    owners: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """The native operator; arguments and results as of `reference.decoder.attention_decoder`. mask: boolean [B, S].
 
     packed_keys: what `ops.attention.pack_keys` made of these very keys (additive scores); packed: what `pack_decoder`
-    made of these very weights; None: made here.
+    made of these very weights; None: made here. owners [B]: the row of keys, values, lengths and mask that each row
+    attends to, where no gradient is needed.
     """
     if packed_keys is None and spec.score == "additive":
         packed_keys = torch.ops.seqattn.additive_pack.default(t.keys.detach())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*t, *weights)):
         hidden, c_n, contexts, found, attentional, _ = apply_function(DecoderFunction, spec, packed_keys, *t, *weights)
     else:
-        hidden, c_n, contexts, found, attentional, _ = _forward(spec, t, weights, packed_keys, packed, False)
+        hidden, c_n, contexts, found, attentional, _ = _forward(spec, t, weights, packed_keys, packed, owners, False)
     return hidden, c_n if spec.cell == "lstm" else None, contexts, found, None if t.w_output is None else attentional
+
+
+def generate(
+    spec: Spec,
+    t: Tensors,
+    weights: Sequence[Tensor],
+    w_predict: Tensor | None,
+    b_predict: Tensor | None,
+    start: Tensor,
+    end: int | None,
+    max_length: int,
+    *,
+    packed_keys: Tensor | None,
+    packed: Tensor | None,
+    owners: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy decoding in one operator; the input of `t` is the table of embeddings [V, I]. No gradients.
+
+    -> words [B, T], how many of them are each row's [B], sums of log-probabilities [B], weights [B, T, S].
+    """
+    return torch.ops.seqattn.decoder_generate.default(
+        _NUMBER[spec.cell], _options(spec), spec.scale, t.input, t.keys, packed_keys, t.values,
+        *_arguments(spec, t, weights), packed, owners, w_predict, b_predict, start, -1 if end is None else end,
+        max_length,
+    )  # fmt: skip
 
 
 def pack_decoder(
