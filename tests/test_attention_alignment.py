@@ -13,6 +13,8 @@ from tests.compare import assert_close_to_float64, assert_same_bits, gradients, 
 from tests.test_attention import MASKS, NAN
 from tests.test_attention_kinds import BACKENDS, check, leaves
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("gaussian", [True, False])
 @pytest.mark.parametrize("score", ["dot", "additive"])

@@ -15,6 +15,8 @@ from tests.compare import assert_close_to_float64, assert_same_bits, gradients, 
 from tests.test_attention import INF, MASKS, NAN
 from tests.test_attention_kinds import BACKENDS, check, leaves, needs_native, softmax_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def location_scores(query, keys, v, history, conv_weight, feature_weight, bias=None):
     """The convolution as a sum over its taps, for one query: history [B, C, S]."""
@@ -198,6 +200,7 @@ def score_arguments(features, dtype=torch.float32, T=4):
     return tensors + leaves(shapes[features], (5, 9), dtype=dtype)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("T", [1, 4, 14])
 @pytest.mark.parametrize("features", ["none", "[B, S, F]", "[B, T, S, F]"])
@@ -213,6 +216,7 @@ def test_scores_operator(features, dtype, T, threads):
     assert_close_to_float64(gradients(got, given), gradients(expected, wide))
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("features", ["none", "[B, S, F]"])
 def test_scores_without_a_gradient_contribute_none(features):
@@ -233,6 +237,7 @@ def test_scores_without_a_gradient_contribute_none(features):
     assert_close_to_float64([t for t in found if t.numel()], expected)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("features", ["none", "[B, S, F]", "[B, T, S, F]"])
 def test_scores_opcheck_and_second_derivative(features):
@@ -248,6 +253,7 @@ def test_scores_opcheck_and_second_derivative(features):
     assert torch.autograd.gradgradcheck(lambda *t: ops.scores.scores("additive", *t, lengths=lengths), tensors)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("shape", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)], ids=str)
 @pytest.mark.parametrize("featured", [False, True])
@@ -262,6 +268,7 @@ def test_scores_of_empty_sizes(shape, featured):
     assert_close_to_float64(found, gradients(reference.attention.additive_scores(*wide), wide))
 
 
+@pytest.mark.cpu
 @needs_native
 def test_scores_operator_checks_its_arguments():
     fwd = torch.ops.seqattn.scores_fwd
