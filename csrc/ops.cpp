@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
       "Tensor? b_output, Tensor? packed, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
-  // b_output (empty where there is none), then of the weights.
+  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v,
+  // w_output, b_output (empty where there is none), then of the weights.
   m.def(
       "decoder_bwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor values, Tensor? lengths, "
       "Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, Tensor[] weights, bool has_bias, "
@@ -96,6 +96,10 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "-> Tensor");
   // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
   m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");
+  // Monotonic alignment: weights [B, T, S] from the probabilities of stopping `choose` [B, T, S] and where attention
+  // stood before, `previous` [B, S].
+  m.def("monotonic_fwd(Tensor choose, Tensor previous) -> Tensor");
+  m.def("monotonic_bwd(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)");
   // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
   // summed over s with `reduce`. `mask` is boolean [B, S].
   m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");

@@ -146,6 +146,34 @@ def test_location_keys_past_the_length_may_be_anything():
     assert_close_to_float64(gradients(got, tensors), to_float64(expected_gradients))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 50.0, 1e4, 1e30])
+def test_location_attention_of_any_size(size):
+    """Arguments of tanh far out, and far in: what saturates has no gradient, and what is tiny keeps its digits."""
+    for scaled in ((0, 1), (0,), (1,)):
+        tensors = location_inputs()
+        with torch.no_grad():
+            for i in scaled:
+                tensors[i].mul_(size)
+
+        def formula(*t):
+            return [x.squeeze(1) for x in softmax_of(location_scores(*t[:6], t[7]), t[6])]
+
+        wide = to_float64(tensors)
+        got = location(*tensors)
+        assert_close_to_float64(got, formula(*wide))
+        assert all(g.isfinite().all() for g in gradients(got, tensors))
+
+
+def test_location_export():
+    torch.use_deterministic_algorithms(False)
+    module = nn.LocationSensitiveAttention(4, 5, 6, filters=3, kernel_size=5).eval()
+    keys = torch.randn(2, 9, 5)
+    arguments = torch.randn(2, 4), keys, module.initial(keys)
+    with torch.no_grad():
+        program = torch.export.export(module, arguments)
+        assert_close_to_float64(program.module()(*arguments), to_float64(module(*arguments)))
+
+
 def test_location_gradcheck_twice():
     tensors = location_inputs(B=2, S=5, A=3, D=2, filters=2, taps=3, dtype=torch.float64)
     lengths = torch.tensor([5, 3])
