@@ -1,5 +1,5 @@
 # The verbs of the project. Each sets up what it needs in $(VENV): torch if it isn't there, the package, the extension.
-#   make demo | test | lint | format | bench | doctor | clean
+#   make demo | test | lint | format | bench | doctor | compile-gpu | clean
 # Before the first: a C++ compiler, make, and Python 3.10 or later with its headers and venv module
 #   (Debian, Ubuntu: apt install g++ make python3-dev python3-venv).
 
@@ -18,7 +18,7 @@ export OMP_PROC_BIND ?= true
 BIN := $(VENV)/bin
 FIND_CXX := find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 
-.PHONY: demo test bench lint format doctor build clean
+.PHONY: demo test bench lint format doctor compile-gpu build clean
 
 demo: $(VENV)/.demo build
 	$(BIN)/seqattn demo $(ARGS)
@@ -31,6 +31,10 @@ bench: $(VENV)/.bench build
 
 doctor: $(VENV)/.package build
 	$(BIN)/seqattn doctor
+
+# Needs Triton (pip install triton), no GPU.
+compile-gpu: $(VENV)/.package
+	$(BIN)/python -m seqattn_kernels.kernels.compile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
