@@ -108,9 +108,9 @@ def _exponentials(dtype: str) -> Iterator[Configuration]:
 def _scores_fwd(tile: tiles.ForwardTile, dtype: str) -> Configuration:
     constants = dict(
         FORWARD=SCORES["additive"].forward, MERGED=True, T_BLOCK=tile.T, S_BLOCK=tile.S, UNROLL=tile.unroll,
-        COLUMNS=512, STAGES=tile.stages, Q_GROUP=group_of(tile.T), K_GROUP=group_of(tile.S),
+        COLUMNS=512, BY_THREE=tile.by_three, STAGES=tile.stages, Q_GROUP=group_of(tile.T), K_GROUP=group_of(tile.S),
     )  # fmt: skip
-    name = f"scores_fwd {tile.T}x{tile.S}, {tile.stages} x {tile.unroll} columns"
+    name = f"scores_fwd {tile.T}x{tile.S}, {tile.stages} x {tile.unroll} columns, by {3 if tile.by_three else 4}"
     terms = tile.T * tile.S * tile.unroll
     return Configuration(name, scores_fwd_kernel, constants, tile.warps, dtype, terms, options=tile.limits())
 

@@ -22,6 +22,7 @@ class ForwardTile(Limits):
     warps: int
     stages: int = 1
     registers: int | None = None
+    by_three: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ STEP_BACKWARD = {
 FORWARD_TILES = [
     FORWARD,
     ForwardTile(16, 128, 16, 4, 1, 96),
+    ForwardTile(16, 128, 8, 4, 1),
     ForwardTile(16, 128, 16, 4, 2),
     ForwardTile(32, 128, 16, 4, 1, 168),
-    ForwardTile(32, 128, 16, 4, 2),
+    ForwardTile(32, 128, 8, 4, 1, 168),
 ]
 BACKWARD_TILES = [
     BackwardTile(16, 128, 4, 1, 4),
