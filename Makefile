@@ -1,5 +1,7 @@
 # The verbs of the project. Each sets up what it needs in $(VENV): torch if it isn't there, the package, the extension.
 #   make demo | test | lint | format | bench | doctor | compile-gpu | clean
+#   make gpu: environment, build, tests, compute-sanitizer and benchmarks on one GPU, in under nine minutes. It uses the
+#   packages of $(PYTHON), where torch with CUDA, triton, ninja, pybind11, pytest, rich and typer must be, and no network.
 # Before the first: a C++ compiler, make, and Python 3.10 or later with its headers and venv module
 #   (Debian, Ubuntu: apt install g++ make python3-dev python3-venv).
 
@@ -18,7 +20,7 @@ export OMP_PROC_BIND ?= true
 BIN := $(VENV)/bin
 FIND_CXX := find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 
-.PHONY: demo test bench lint format doctor compile-gpu build clean
+.PHONY: demo test bench gpu lint format doctor build clean compile-gpu
 
 demo: $(VENV)/.demo build
 	$(BIN)/seqattn demo $(ARGS)
@@ -29,12 +31,16 @@ test: $(VENV)/.dev build
 bench: $(VENV)/.bench build
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),recurrent)
 
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
 doctor: $(VENV)/.package build
 	$(BIN)/seqattn doctor
 
-# Needs Triton (pip install triton), no GPU.
+# CUDA sources where nvcc is, Triton kernels where Triton is.
 compile-gpu: $(VENV)/.package
-	$(BIN)/python -m seqattn_kernels.kernels.compile $(ARGS)
+	$(BIN)/python .ci/compile_gpu.py $(ARGS)
+	$(BIN)/python -m seqattn_kernels.kernels.compile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

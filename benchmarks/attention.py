@@ -15,6 +15,7 @@ from benchmarks.problems import Named, Problem, double
 
 # Elements [B, T, S, A] the float64 result is computed over at a time.
 ORACLE_ELEMENTS = 1 << 25
+CUDA_ORACLE_ELEMENTS = 1 << 28
 
 
 class StockAttention(nn.Module):
@@ -60,6 +61,14 @@ class StockFeatureAttention(nn.Module):
         return weights * values, weights
 
 
+class ScaledDotProduct(nn.Module):
+    """torch's own dot attention, which has no weights to return."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, None]:
+        q, k, v = query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1), None
+
+
 class OurAttention(nn.Module):
     """Our function over the parameters of a stock module; ``prepared`` keys stand for those given."""
 
@@ -68,6 +77,7 @@ class OurAttention(nn.Module):
         self.stock = stock
         self.operator = operator
         self.prepared: Any = None
+        self.need_weights = True
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         from seqattn_kernels import functional
@@ -78,7 +88,7 @@ class OurAttention(nn.Module):
         if self.operator == "additive_attention":
             return functional.additive_attention(query, given, stock.v, values)
         if self.operator == "dot_attention":
-            return functional.dot_attention(query, given, values, scale=True)
+            return functional.dot_attention(query, given, values, scale=True, need_weights=self.need_weights)
         if self.operator == "general_attention":
             return functional.general_attention(query, given, stock.weight, values)
         return functional.concat_attention(query, given, stock.weight, stock.v, values)
@@ -91,11 +101,11 @@ class AttentionProblem(Problem):
         super().__init__(case, seed)
         batch, steps, source, width = (case.shape[key] for key in "BTSA")
         trained = case.mode.has_gradients
-        self.query = torch.randn(batch, steps, width, requires_grad=trained)
-        self.keys = torch.randn(batch, source, width, requires_grad=trained)
-        self.values = torch.randn(batch, source, width, requires_grad=trained)
+        self.query = self.draw(batch, steps, width).requires_grad_(trained)
+        self.keys = self.draw(batch, source, width).requires_grad_(trained)
+        self.values = self.draw(batch, source, width).requires_grad_(trained)
         self.is_feature = case.operator == "feature_attention"
-        self.direction = torch.randn(batch, source if self.is_feature else steps, width)
+        self.direction = self.draw(batch, source if self.is_feature else steps, width)
 
     def _stock(self) -> nn.Module:
         width = self.case.shape["A"]
@@ -144,7 +154,7 @@ class AttentionProblem(Problem):
 
     def outputs(self, result: Any) -> Named:
         context, weights = result
-        return [("context", context), ("weights", weights)]
+        return [("context", context), *([] if weights is None else [("weights", weights)])]
 
     def outcome(self, module: nn.Module, call: Callable[[], Any]) -> Named:
         # Ours wraps the stock module's parameters: name them alike.
@@ -166,13 +176,15 @@ class AttentionProblem(Problem):
     def oracle(self) -> Named:
         """Computed a few queries at a time, since stock torch keeps every [B, T, S, A] element."""
         batch, steps, source, width = (self.case.shape[key] for key in "BTSA")
-        chunk = steps if self.is_feature else max(1, min(steps, ORACLE_ELEMENTS // (source * width)))
+        elements = ORACLE_ELEMENTS if self.case.device == "cpu" else CUDA_ORACLE_ELEMENTS
+        chunk = steps if self.is_feature else max(1, min(steps, elements // (source * width)))
+        rows = max(1, elements // (steps * source * width)) if self.case.device != "cpu" else 1
         context, weights = [], []
         gradients: dict[str, Tensor] = {}
-        for row in range(batch):
+        for row in range(0, batch, rows):
             row_context, row_weights = [], []
             for start in range(0, steps, chunk):
-                part = self._part(slice(row, row + 1), slice(start, start + chunk))
+                part = self._part(slice(row, row + rows), slice(start, start + chunk))
                 module = part.stock_module
                 outcome = part.outcome(module, part.call(module))
                 row_context.append(outcome[0][1])
@@ -189,6 +201,7 @@ class AttentionProblem(Problem):
         if whole is None:
             gradients[name] = gradients[name] + value if name in gradients else value
             return
-        total = gradients.setdefault(name, torch.zeros(whole.shape, dtype=torch.float64))
+        if name not in gradients:
+            gradients[name] = torch.zeros(whole.shape, dtype=torch.float64, device=whole.device)
         first = start if name.endswith("query") else 0
-        total[row : row + 1, first : first + value.shape[1]] += value
+        gradients[name][row : row + value.shape[0], first : first + value.shape[1]] += value

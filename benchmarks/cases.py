@@ -5,8 +5,8 @@ Adding a case is adding a line here; the runner, `pytest benchmarks` and the rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -28,6 +28,7 @@ class Mode(str, Enum):
 LOOP_STEPS = 20
 STOCK = "torch_eager"
 STOCK_AGAIN = "torch_eager again"  # the other half of the A/A pair
+BY_NAME = ("ours_cuda",)  # our kernels where the measured thresholds choose torch
 FMA_LIMIT = "fma limit"  # what a bar on the share of the machine's limit is against
 
 GATES: Mapping[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -64,11 +65,26 @@ class Case:
     bars: tuple[Bar, ...] = ()
     dtype: torch.dtype = torch.float32
     label: str = ""
+    device: str = "cpu"
+    tf32: bool = False  # on a GPU, float32 products may round their factors to 10 bits, as torch's own RNNs do
 
     @property
     def name(self) -> str:
         sizes = ",".join(f"{key}{size}" for key, size in self.shape.items())
-        return f"{self.suite}/{self.operator}/{self.mode.value}/{sizes}"
+        name = f"{self.suite}/{self.operator}/{self.mode.value}/{sizes}"
+        if self.suite == "scaling":
+            name += f"/over {self.label}"
+        return name if self.device == "cpu" else f"{name}/{self.precision}"
+
+    @property
+    def precision(self) -> str:
+        """What products are computed in: the dtype's name, or tf32."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def tolerance(self) -> torch.dtype:
+        """The dtype whose tolerance holds: tf32 has as many digits as float16."""
+        return torch.float16 if self.tf32 else self.dtype
 
     @property
     def kind(self) -> str:
@@ -190,6 +206,49 @@ def _peers() -> Iterator[Case]:
             yield Case("peers", kind, SHAPES[index], Mode.FORWARD, names, bars, label=f"S{index + 1}")
 
 
+# operator: B, T, H
+MODELS: Mapping[str, tuple[int, int, int]] = {
+    "tagger": (32, 50, 256),
+    "translator": (32, 30, 256),
+    "recognizer": (8, 200, 320),
+    "synthesizer": (16, 100, 256),
+    "forecaster": (64, 168, 128),
+}
+
+
+def _models() -> Iterator[Case]:
+    for operator, sizes in MODELS.items():
+        shape = dict(zip("BTH", sizes, strict=True))
+        yield Case("models", operator, shape, Mode.FORWARD, ("ours", "ours_frozen"), (Bar("ours", 1.0),))
+        yield Case("models", operator, shape, Mode.TRAINING, ("ours",), (Bar("ours", 1.0),))
+
+
+def _decoder() -> Iterator[Case]:
+    for operator in ("gru_decoder", "lstm_decoder"):
+        for sizes in ((32, 30, 30, 256), (1, 30, 30, 256)):
+            shape = dict(zip("BTSH", sizes, strict=True))
+            for mode in (Mode.FORWARD, Mode.TRAINING):
+                yield Case("decoder", operator, shape, mode, ("ours",), (Bar("ours", 1.0),))
+
+
+def _curve(suite_shape: Mapping[str, int], over: str, sizes: Iterable[int]) -> Iterator[dict[str, int]]:
+    """The shape with one size after the other; the input is as wide as the hidden state."""
+    for size in sizes:
+        shape = {**suite_shape, over: size}
+        yield {**shape, "I": shape["H"]} if "I" in shape else shape
+
+
+def _scaling() -> Iterator[Case]:
+    layer, attention = {"B": 8, "T": 100, "I": 256, "H": 256}, {"B": 8, "T": 32, "S": 128, "A": 256}
+    for kind in ("gru", "lstm"):
+        for over, sizes in (("T", (25, 50, 100, 200, 400, 800)), ("B", (1, 2, 4, 8, 16, 32, 64)),
+                            ("H", (64, 128, 256, 512, 1024)), ("threads", (0,))):  # fmt: skip
+            for shape in _curve(layer, over, sizes) if over != "threads" else [layer]:
+                yield Case("scaling", kind, shape, Mode.FORWARD, ("ours",), label=over)
+    for shape in _curve(attention, "S", (32, 64, 128, 256, 512, 1024)):
+        yield Case("scaling", "additive_attention", shape, Mode.FORWARD, ("ours",), label="S")
+
+
 SUITES: Mapping[str, tuple[Case, ...]] = {
     "recurrent": tuple(_recurrent()),
     "lengths": tuple(_lengths()),
@@ -197,7 +256,163 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
     "bf16": tuple(_bf16()),
     "attention": tuple(_attention()),
     "peers": tuple(_peers()),
+    "decoder": tuple(_decoder()),
+    "models": tuple(_models()),
+    "scaling": tuple(_scaling()),
 }
+
+
+# What is looked at every day, in under a minute: the case of each operator that would show most.
+DAILY: frozenset[str] = frozenset(
+    case.name
+    for suite in ("recurrent", "lengths", "cells", "attention")
+    for case in SUITES[suite]
+    if (suite == "recurrent" and case.label in ("S1", "S4") and case.kind != "rnn_relu")
+    or (suite == "lengths" and case.shape["H"] == 256 and case.kind != "rnn_tanh")
+    or (suite == "cells" and case.shape["B"] == 16 and case.kind != "rnn_tanh")
+    or (suite == "attention" and case.operator == "additive_attention" and case.shape["S"] <= 100)
+)
+
+# Cases of one GPU. The most telling come first: a run that has little time gets as far as it can.
+CUDA_RECURRENT: tuple[dict[str, int], ...] = tuple(
+    {"B": batch, "T": steps, "I": hidden, "H": hidden}
+    for batch, steps, hidden in (
+        (16, 1024, 512),
+        (1, 1024, 256),
+        (16, 1024, 768),
+        (64, 512, 512),
+        (64, 256, 1024),
+        (7, 333, 200),
+    )
+)
+# The largest hidden size whose weights one cluster of thread blocks holds with room for the rest, in 16 bits.
+CLUSTER_HIDDEN = 512
+BOTH_MODES = (Mode.FORWARD, Mode.TRAINING)
+
+
+def _on_gpu(
+    suite: str, operator: str, shape: Mapping[str, int], mode: Mode, names: tuple[str, ...], bars: tuple[Bar, ...],
+    dtype: torch.dtype = torch.bfloat16, tf32: bool = False,
+) -> Case:  # fmt: skip
+    return Case(suite, operator, shape, mode, names, bars, dtype, device="cuda", tf32=tf32)
+
+
+def _cuda_recurrent() -> Iterator[Case]:
+    precisions = ((torch.bfloat16, False), (torch.float32, True))
+    every = [(shape, *precision) for shape in CUDA_RECURRENT for precision in precisions]
+    every += [(CUDA_RECURRENT[index], torch.float16, False) for index in (0, 2)]
+    for shape, dtype, tf32 in every:
+        at_least = 1.5 if not tf32 and shape["H"] <= CLUSTER_HIDDEN else 1.0
+        # cuDNN as called, and its own time on the device: many of its launches wait for the host.
+        bars = (Bar("ours", at_least), Bar("ours_graph", 1.0, against="torch_graph"))
+        for kind in ("lstm", "gru"):
+            for mode in BOTH_MODES:
+                names: tuple[str, ...] = ("ours", "ours_graph", "torch_graph", "ours_cuda")
+                if mode is Mode.FORWARD:
+                    names += ("haste",) if tf32 else ("flashrnn",)
+                yield _on_gpu("recurrent", kind, shape, mode, names, bars, dtype, tf32)
+
+
+def _cuda_lengths() -> Iterator[Case]:
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+        for kind in ("lstm", "gru"):
+            for batch, steps, hidden in ((16, 1024, 512), (64, 512, 512)):
+                shape = {"B": batch, "T": steps, "I": hidden, "H": hidden}
+                for mode in BOTH_MODES:
+                    names = ("ours_lengths", "ours", "torch_pack")
+                    bars = (Bar("ours_lengths", 3.0), Bar("ours", 1.0))
+                    yield _on_gpu("lengths", kind, shape, mode, names, bars, dtype, tf32)
+
+
+def _cuda_cell_states() -> Iterator[Case]:
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+        for batch, steps, hidden in ((16, 256, 512), (64, 256, 512)):
+            shape = {"B": batch, "T": steps, "I": hidden, "H": hidden}
+            bars = (Bar("ours", 20.0),)
+            yield _on_gpu("cell_states", "lstm", shape, Mode.TRAINING, ("ours", "torch_graph"), bars, dtype, tf32)
+
+
+def _cuda_cells() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("lstm", "gru"):
+            for batch, hidden in ((1, 128), (64, 512)):
+                for mode in (Mode.STEPS, Mode.STEPS_TRAINING):
+                    names = ("ours", "ours_graph", "torch_graph")
+                    shape = {"B": batch, "I": hidden, "H": hidden}
+                    yield _on_gpu("cells", f"{kind}_cell", shape, mode, names, (Bar("ours", 1.0),), dtype)
+
+
+def _cuda_additive() -> Iterator[Case]:
+    names = ("ours", "ours_graph", "torch_compile", "torch_compile_graph", "torch_graph")
+    # B, T, S, A (values are as wide); those of one query are steps of a decoder.
+    for sizes in ((64, 512, 512, 512), (32, 1, 100, 256), (32, 128, 1024, 256), (256, 1, 512, 512)):
+        shape = dict(zip("BTSA", sizes, strict=True))
+        for dtype in (torch.bfloat16, torch.float32):
+            for mode in BOTH_MODES:
+                bars = (Bar("ours", 1.0, against="torch_compile"), Bar("ours", 1.0))
+                yield _on_gpu("additive", "additive_attention", shape, mode, names, bars, dtype)
+
+
+def _cuda_dot() -> Iterator[Case]:
+    for sizes in ((64, 512, 512, 64), (256, 1, 512, 512), (32, 128, 1024, 256)):
+        shape = dict(zip("BTSA", sizes, strict=True))
+        for dtype in (torch.bfloat16, torch.float32):
+            for mode in BOTH_MODES:
+                names = ("ours_context", "torch_sdpa", "ours", "torch_compile")
+                bars = (Bar("ours_context", 1.0, against="torch_sdpa"), Bar("ours", 1.0))
+                yield _on_gpu("dot", "dot_attention", shape, mode, names, bars, dtype)
+
+
+def _cuda_decoder() -> Iterator[Case]:
+    for sizes in ((64, 100, 100, 512), (16, 50, 50, 256), (1, 100, 100, 512)):
+        shape = dict(zip("BTSH", sizes, strict=True))
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+            for operator in ("gru_decoder", "lstm_decoder"):
+                for mode in BOTH_MODES:
+                    names = ("ours", "ours_graph", "torch_graph")
+                    bars = (Bar("ours", 1.0), Bar("ours_graph", 1.0, against="torch_graph"))
+                    yield _on_gpu("decoder", operator, shape, mode, names, bars, dtype, tf32)
+
+
+def _cuda_models() -> Iterator[Case]:
+    for operator, sizes in MODELS.items():
+        shape = dict(zip("BTH", sizes, strict=True))
+        for mode in BOTH_MODES:
+            names, bars = ("ours", "torch_graph", "ours_graph"), (Bar("ours", 1.0),)
+            yield _on_gpu("models", operator, shape, mode, names, bars, torch.float32, tf32=True)
+
+
+def _cuda_scaling() -> Iterator[Case]:
+    layer, attention = {"B": 16, "T": 256, "I": 512, "H": 512}, {"B": 16, "T": 64, "S": 512, "A": 256}
+    curves = (
+        ("lstm", layer, "T", (64, 256, 1024, 4096)),
+        ("lstm", layer, "B", (1, 4, 16, 64, 256)),
+        ("lstm", layer, "H", (128, 256, 512, 768, 1024)),
+        ("additive_attention", attention, "S", (128, 512, 2048)),
+        ("additive_attention", attention, "T", (1, 16, 256)),
+    )
+    for operator, shape, over, sizes in curves:
+        for each in _curve(shape, over, sizes):
+            for mode in BOTH_MODES:
+                yield replace(_on_gpu("scaling", operator, each, mode, ("ours",), ()), label=over)
+
+
+CUDA_SUITES: Mapping[str, tuple[Case, ...]] = {
+    "recurrent": tuple(_cuda_recurrent()),
+    "lengths": tuple(_cuda_lengths()),
+    "cell_states": tuple(_cuda_cell_states()),
+    "additive": tuple(_cuda_additive()),
+    "dot": tuple(_cuda_dot()),
+    "cells": tuple(_cuda_cells()),
+    "decoder": tuple(_cuda_decoder()),
+    "models": tuple(_cuda_models()),
+    "scaling": tuple(_cuda_scaling()),
+}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant is what a user of the package gets."""
+    return name.startswith("ours") and name not in BY_NAME
 
 
 def find(pattern: str = "") -> list[Case]:

@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "numpy", "onnxruntime", "openvino", "onnx")
+PACKAGES = ("torch", "triton", "numpy", "onnxruntime", "openvino", "onnx")
 
 
 def pin_threads() -> None:
@@ -103,6 +103,51 @@ def machine_name() -> str:
     family = f"-family{info['cpu family']}" if "cpu family" in info else ""
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*|\bcpu\b|processor", "", model.lower())).strip("-")
     return f"{slug}{family}-{cores()}cores"
+
+
+def gpu_name() -> str | None:
+    """A folder name for results of the first GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
+def describe_gpu() -> dict[str, Any]:
+    """What ``describe`` says, and the GPU with what drives it. Raises RuntimeError without a GPU."""
+    import torch
+
+    name = gpu_name()
+    if name is None:
+        raise RuntimeError("a GPU: expected one that torch can use, got none")
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "machine": name,
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+        "nvcc": _first_line(["nvcc", "--version"], "release"),
+    }
+    return {**describe(), **found}
+
+
+def _driver() -> str | None:
+    return _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _first_line(command: Sequence[str], containing: str = "") -> str | None:
+    """The first line a command prints that contains the text; None where there is no such command."""
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next((line.strip() for line in text.splitlines() if containing in line and line.strip()), None)
 
 
 def commit() -> str | None:

@@ -34,14 +34,18 @@ class Problem:
     def __init__(self, case: Case, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.case = case
-        self.stock_module = self._stock().train(case.mode.has_gradients)
+        self.stock_module = self._stock().to(case.device, case.dtype).train(case.mode.has_gradients)
+
+    def draw(self, *size: int) -> Tensor:
+        """Random numbers as the case wants them; the same on every device, up to rounding."""
+        return torch.randn(size).to(self.case.device, self.case.dtype)
 
     def _stock(self) -> nn.Module:
         raise NotImplementedError
 
     def stock(self) -> nn.Module:
         """A copy of the stock module."""
-        return copy.deepcopy(self.stock_module)
+        return _flattened(copy.deepcopy(self.stock_module))
 
     def ours(self) -> nn.Module:
         """Our module with the weights of the stock one."""
@@ -60,13 +64,25 @@ class Problem:
         """The inputs that gradients are taken of, besides the module's parameters."""
         raise NotImplementedError
 
+    def parameters(self, module: nn.Module) -> Named:
+        """Its parameters, by names that all contestants share."""
+        return list(module.named_parameters())
+
     def outcome(self, module: nn.Module, call: Callable[[], Any]) -> Named:
         """Run the call once: its outputs, and the gradients it left behind."""
         found = self.outputs(call())
         if self.case.mode.has_gradients:
-            for name, tensor in [*self.leaves, *module.named_parameters()]:
-                found.append((f"gradient of {name}", _gradient(name, tensor)))
+            found += self.leaf_gradients()
+            found += [(f"gradient of {name}", _gradient(name, tensor)) for name, tensor in self.parameters(module)]
         return [(name, tensor.detach()) for name, tensor in found]
+
+    def leaf_gradients(self) -> Named:
+        """The gradients that the last call left at the inputs."""
+        return [(f"gradient of {name}", _gradient(name, tensor)) for name, tensor in self.leaves]
+
+    def differentiated(self, module: nn.Module) -> list[Tensor]:
+        """Every tensor a call may leave a gradient at."""
+        return [tensor for _, tensor in [*self.leaves, *self.parameters(module)]]
 
     def in_float64(self) -> Problem:
         """The same problem, inputs and weights, in float64."""
@@ -88,6 +104,21 @@ def _gradient(name: str, tensor: Tensor) -> Tensor:
     return tensor.grad.clone()
 
 
+def like(stock: nn.Module, ours: nn.Module) -> nn.Module:
+    """``ours`` with the weights, device, dtype and mode of the stock module."""
+    weight = next(stock.parameters())
+    ours.to(weight.device, weight.dtype).load_state_dict(stock.state_dict())
+    return ours.train(stock.training)
+
+
+def _flattened(module: nn.Module) -> nn.Module:
+    """With the weights in one piece, as cuDNN wants them."""
+    for each in module.modules():
+        if isinstance(each, nn.RNNBase):
+            each.flatten_parameters()
+    return module
+
+
 def double(tensor: Tensor) -> Tensor:
     """A float64 copy without history that asks for gradients as ``tensor`` does."""
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
@@ -99,17 +130,18 @@ class SequenceProblem(Problem):
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__(case, seed)
         shape = case.shape
-        self.input = torch.randn(shape["B"], shape["T"], shape["I"])
+        self.input = self.draw(shape["B"], shape["T"], shape["I"])
         self.lengths: Tensor | None = None
         self.packed: PackedSequence | None = None
         if case.suite == "lengths":
-            self.lengths = torch.tensor(ragged_lengths(shape["B"], shape["T"]))
-            self.packed = pack_padded_sequence(self.input, self.lengths, batch_first=True, enforce_sorted=False)
+            self.host_lengths = torch.tensor(ragged_lengths(shape["B"], shape["T"]))
+            self.lengths = self.host_lengths.to(case.device)
+            self.packed = pack_padded_sequence(self.input, self.host_lengths, batch_first=True, enforce_sorted=False)
             self.packed.data.requires_grad_(case.mode.has_gradients)
         self.input.requires_grad_(case.mode.has_gradients)
         rows = self.packed.data.shape[0] if self.packed is not None else None
         size = (shape["B"], shape["T"], shape["H"]) if rows is None else (rows, shape["H"])
-        self.direction = torch.randn(size)
+        self.direction = self.draw(*size)
 
     def _stock(self) -> nn.Module:
         module, options = STOCK_SEQUENCES[self.case.kind]
@@ -120,29 +152,57 @@ class SequenceProblem(Problem):
 
         module, options = getattr(ours_nn, type(self.stock_module).__name__), STOCK_SEQUENCES[self.case.kind][1]
         made = module(self.case.shape["I"], self.case.shape["H"], batch_first=True, **options)
-        made.load_state_dict(self.stock_module.state_dict())
-        return made.train(self.stock_module.training)
+        return like(self.stock_module, made)
 
     @property
     def leaves(self) -> Named:
         return [("input", self.input if self.packed is None else self.packed.data)]
 
-    def call(self, module: nn.Module, *, padded: bool = False, **options: Any) -> Callable[[], Any]:
-        """``padded`` gives ours the padded input and ``lengths=`` where stock takes the packed one."""
-        given: Any = self.input if self.packed is None or padded else self.packed
-        keywords = {"lengths": self.lengths} if padded else {}
+    def leaf_gradients(self) -> Named:
+        """Of ragged sequences padded, whichever form the call took them in."""
+        if self.packed is None or self.input.grad is not None:
+            return [("gradient of input", _gradient("input", self.input))]
+        gradient = self.packed._replace(data=_gradient("input", self.packed.data))
+        return [("gradient of input", pad_packed_sequence(gradient, batch_first=True)[0])]
+
+    def differentiated(self, module: nn.Module) -> list[Tensor]:
+        return [self.input, *super().differentiated(module)]
+
+    def call(self, module: nn.Module, *, padded: bool = False, pack: bool = False, **options: Any) -> Callable[[], Any]:
+        """Ragged sequences are given packed; ``padded`` gives ours the padded input and ``lengths=`` instead.
+
+        ``pack``: the padded input is packed by each call, and the output padded, as a user of torch's has to.
+        """
+        if pack:
+            run = self._packing(module)
+        elif self.packed is None or padded:
+            keywords = {} if self.packed is None else {"lengths": self.lengths}
+            run = lambda: module(self.input, **keywords)  # noqa: E731
+        else:
+            run = lambda: module(self.packed)  # noqa: E731
         if not self.case.mode.has_gradients:
-            return lambda: module(given, **keywords)
-        leaf, direction = self.leaves[0][1], self.direction
+            return run
+        direction = self.direction
+        if self.packed is not None and (padded or pack):
+            direction = pad_packed_sequence(self.packed._replace(data=direction), batch_first=True)[0]
+        leaves = self.differentiated(module)
 
         def step() -> Any:
-            module.zero_grad(set_to_none=True)
-            leaf.grad = None
-            output, state = module(given, **keywords)
+            for leaf in leaves:
+                leaf.grad = None
+            output, state = run()
             (output.data if isinstance(output, PackedSequence) else output).backward(direction)
             return output, state
 
         return step
+
+    def _packing(self, module: nn.Module) -> Callable[[], Any]:
+        def run() -> Any:
+            packed = pack_padded_sequence(self.input, self.host_lengths, batch_first=True, enforce_sorted=False)
+            output, state = module(packed)
+            return pad_packed_sequence(output, batch_first=True)[0], state
+
+        return run
 
     def outputs(self, result: Any) -> Named:
         output, state = result
@@ -166,9 +226,9 @@ class CellProblem(Problem):
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__(case, seed)
         batch, width, hidden = (case.shape[key] for key in "BIH")
-        self.input = [torch.randn(batch, width, requires_grad=case.mode.has_gradients) for _ in range(LOOP_STEPS)]
-        self.state = torch.randn(batch, hidden) / 2
-        self.direction = torch.randn(LOOP_STEPS, batch, hidden)
+        self.input = [self.draw(batch, width).requires_grad_(case.mode.has_gradients) for _ in range(LOOP_STEPS)]
+        self.state = self.draw(batch, hidden) / 2
+        self.direction = self.draw(LOOP_STEPS, batch, hidden)
 
     def _stock(self) -> nn.Module:
         module, options = STOCK_CELLS[self.case.kind]
@@ -179,8 +239,7 @@ class CellProblem(Problem):
 
         module, options = getattr(ours_nn, type(self.stock_module).__name__), STOCK_CELLS[self.case.kind][1]
         made = module(self.case.shape["I"], self.case.shape["H"], **options)
-        made.load_state_dict(self.stock_module.state_dict())
-        return made.train(self.stock_module.training)
+        return like(self.stock_module, made)
 
     @property
     def leaves(self) -> Named:
@@ -231,7 +290,16 @@ class CellProblem(Problem):
 def build(case: Case, seed: int = 0) -> Problem:
     """The problem of a case, its numbers drawn from ``seed``."""
     from benchmarks.attention import AttentionProblem
+    from benchmarks.cell_states import CellStatesProblem
+    from benchmarks.decoder import DecoderProblem
+    from benchmarks.models import ModelProblem
 
+    if case.suite == "decoder":
+        return DecoderProblem(case, seed)
+    if case.suite == "models":
+        return ModelProblem(case, seed)
+    if case.suite == "cell_states":
+        return CellStatesProblem(case, seed)
     if case.operator.endswith("_attention"):
         return AttentionProblem(case, seed)
     return CellProblem(case, seed) if case.operator.endswith("_cell") else SequenceProblem(case, seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, machine_name
+from benchmarks.gpu import report as gpu_report
 from benchmarks.results import CaseResult, Document
 
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -30,6 +31,8 @@ OPERATORS = {
     "general_attention": "general attention",
     "concat_attention": "concat attention",
     "feature_attention": "feature attention",
+    "gru_decoder": "GRU decoder with additive attention",
+    "lstm_decoder": "LSTM decoder with additive attention",
 }
 MODES = {
     "forward": "inference",
@@ -85,6 +88,25 @@ def engine_table(document: Document) -> str:
     return _markdown([f"milliseconds; {','.join(names)} =", *columns], rows)
 
 
+GPU = "gpu_"  # what places for results of a GPU begin with
+
+
+def model_table(document: Document) -> str:
+    """Markdown: one row for each whole model; times faster than stock for inference and training."""
+    columns = ["inference", "inference, frozen weights", "training"]
+    rows: dict[str, dict[str, str]] = {}
+    for case in document.cases:
+        if case.threads != THREADS:
+            continue
+        for contestant in case.contestants:
+            column = f"{MODES[case.mode]}{VARIANTS.get(contestant.name, '')}"
+            if contestant.name in VARIANTS and column in columns:
+                figure = "failed" if contestant.ratio is None else _times(contestant.ratio)
+                rows.setdefault(f"{case.operator} {_shape(case)}", {})[column] = figure
+    names = next((tuple(case.shape) for case in document.cases), ())
+    return _markdown([f"times stock torch; {','.join(names)}", *columns], rows)
+
+
 TABLES: Mapping[str, Callable[[Document], str]] = {
     "recurrent": ratio_table,
     "lengths": ratio_table,
@@ -92,6 +114,9 @@ TABLES: Mapping[str, Callable[[Document], str]] = {
     "bf16": ratio_table,
     "attention": ratio_table,
     "peers": engine_table,
+    "decoder": ratio_table,
+    "models": model_table,
+    **{f"{GPU}{suite}": gpu_report.ratios for suite in gpu_report.TITLES},
 }
 
 
@@ -116,6 +141,11 @@ def provenance(document: Document) -> str:
     place = document.environment
     versions: dict[str, Any] = place.get("versions", {})
     commit = (place.get("commit") or "no commit")[:10]
+    if "gpu" in place:
+        return (
+            f"{place['gpu']}, torch {versions.get('torch')}, cuDNN {place.get('cudnn')}; medians of interleaved runs, "
+            f"L2 flushed, {document.created[:10]}, commit {commit}, `make gpu`."
+        )
     engines = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino") if name in versions)
     return (
         f"{place['cpu']} (family {place.get('cpu_family')}), {THREADS} threads, float32, {engines}; medians of "
@@ -205,19 +235,22 @@ def _ratios(cases: Sequence[CaseResult], shapes: Sequence[str], mode: str, name:
 
 def load(machine: str) -> dict[str, Document]:
     """The results of every suite measured on a machine."""
-    found = {suite: RESULTS / machine / f"{suite}.json" for suite in TABLES}
+    found = {suite: RESULTS / machine / f"{suite}.json" for suite in TABLES if not suite.startswith(GPU)}
     return {suite: Document.read(path) for suite, path in found.items() if path.exists()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--machine", default=machine_name(), help="a folder of benchmarks/results")
+    parser.add_argument("--gpu", metavar="NAME", help="a folder of benchmarks/results measured on a GPU")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "benchmarks.png")
     options = parser.parse_args(arguments)
     documents = load(options.machine)
     if "recurrent" not in documents:
         parser.error(f"no results of {options.machine} yet: run `python -m benchmarks.run recurrent` first")
+    if options.gpu:
+        documents |= {f"{GPU}{suite}": found for suite, found in gpu_report.load(RESULTS / options.gpu).items()}
     before = options.readme.read_text()
     after = filled(before, documents)
     options.readme.write_text(after)

@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, machine_name
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 2 added what a GPU's results have besides
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Contestant:
     ratio_low: float | None = None  # the interval that holds it with 90 % confidence
     ratio_high: float | None = None
     fma_share: float | None = None  # of the machine's float32 FMA limit
+    device_milliseconds: float | None = None  # median on the device alone, the host's work done beforehand
+    device_ratio: float | None = None  # times faster than stock by that figure
+    floor_share: float | None = None  # of the case's floor: 1 is as fast as the device can be
+    peak_mib: float | None = None  # most memory of the device at a time beyond what stood there before the call
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class CaseResult:
     rounds: int = 0
     dropped: int = 0  # rounds disturbed by other processes
     disturbed: bool = False  # too few rounds were quiet
+    device: str = "cpu"
+    precision: str = "float32"  # of products: the dtype, or tf32
+    floors: dict[str, float] = field(default_factory=dict)  # milliseconds at least, by what would bound the case
 
     def contestant(self, name: str) -> Contestant | None:
         return next((found for found in self.contestants if found.name == name), None)
@@ -67,6 +75,7 @@ class Document:
     cases: list[CaseResult]
     profile: str = "full"
     fma_gflops: dict[str, float] = field(default_factory=dict)  # by number of threads
+    ceilings: dict[str, float] = field(default_factory=dict)  # of a GPU, by name and unit
     schema: int = SCHEMA
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -81,9 +90,9 @@ class Document:
             raw = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected JSON, got {error}") from None
-        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        if not isinstance(raw, dict) or raw.get("schema") not in READABLE:
             found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
-            raise ValueError(f"{path}: expected schema {SCHEMA}, got {found}")
+            raise ValueError(f"{path}: expected schema 1 or 2, got {found}")
         try:
             raw["cases"] = [
                 CaseResult(
@@ -102,3 +111,16 @@ class Document:
 
 def path_of(suite: str, machine: str | None = None) -> Path:
     return RESULTS / (machine or machine_name()) / f"{suite}.json"
+
+
+def load_folder(folder: Path) -> dict[str, Document]:
+    """The benchmarks a folder holds, by suite; files of other kinds are left out.
+
+    Raises ValueError for a file that says it holds benchmarks and does not.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        raw = json.loads(path.read_text())
+        if isinstance(raw, dict) and "cases" in raw:
+            found[path.stem] = Document.read(path)
+    return {suite: document for suite, document in found.items() if document.cases}

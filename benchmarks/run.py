@@ -8,25 +8,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.environment import in_pinned_process, pin_threads
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from benchmarks.results import CaseResult
+    from benchmarks.results import CaseResult, Document
 
-SUITES = ("recurrent", "lengths", "cells", "bf16", "attention", "peers")
+SUITES = ("recurrent", "lengths", "cells", "bf16", "attention", "peers", "decoder", "models", "scaling")
+DAILY_SUITES = ("recurrent", "lengths", "cells", "attention")
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    made.add_argument("suite", nargs="+", choices=(*SUITES, "all"), help="what to measure")
+    made.add_argument("suite", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)} or all")
     made.add_argument("--threads", type=_counts, default=[1, 2], help="numbers of threads, such as 1,2 (default)")
-    made.add_argument("--quick", action="store_true", help="a fifth of the time for each case")
+    made.add_argument("--quick", action="store_true", help="a fifth of the time; without a suite, the daily selection")
+    made.add_argument(
+        "--against", metavar="REF", help="fail where a folder, file or commit REF was faster beyond noise"
+    )
     made.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT, such as gru/forward")
     made.add_argument("--peers", type=_names, metavar="A,B", help="these contestants beside stock torch, no others")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all results there instead of benchmarks/results")
@@ -38,10 +43,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_PROC_BIND" not in os.environ:
         return in_pinned_process("benchmarks.run", sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(arguments)
+    options = _options(arguments)
     from rich.console import Console
     from rich.progress import Progress
 
+    from benchmarks.against import earlier_results
+    from benchmarks.cases import DAILY
     from benchmarks.cases import SUITES as CASES
     from benchmarks.environment import describe, fma_limit
     from benchmarks.results import Document, path_of
@@ -51,23 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=150)
     profile = QUICK if options.quick else FULL
-    suites = SUITES if "all" in options.suite else tuple(dict.fromkeys(options.suite))
+    daily = not options.suite
+    suites = SUITES if daily or "all" in options.suite else tuple(dict.fromkeys(options.suite))
+    earlier = None
+    if options.against:
+        try:
+            earlier = earlier_results(options.against, suites, _again(options))
+        except ValueError as error:
+            console.print(f"[bold red]seqattn bench:[/] {error}", highlight=False)
+            return 2
     environment, limits = describe(), _limits(options.threads, fma_limit)
     everything: list[CaseResult] = []
     for suite in suites:
-        cases = [case for case in CASES[suite] if options.only in case.name]
+        cases = [case for case in CASES[suite] if options.only in case.name and not (daily and case.name not in DAILY)]
         found: list[CaseResult] = []
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(suite, total=len(cases) * len(options.threads))
             for result in run(cases, options.threads, profile, options.peers):
                 found.append(result)
                 progress.update(task, advance=1, description=result.name)
+        if not found and daily:
+            continue
         if not found:
             console.print(f"{suite}: no case's name contains {options.only!r}")
             continue
         console.print(table(suite, found))
         everything += found
-        if not options.json and not options.no_save and not options.only and options.peers is None:
+        if not (options.json or options.no_save or options.only or daily or options.against) and options.peers is None:
             Document(environment, found, profile.name, limits).write(path_of(suite))
     if options.json:
         Document(environment, everything, profile.name, limits).write(options.json)
@@ -77,7 +94,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"FMA limit, {count} threads: {limit:.0f} GF/s", highlight=False)
     missed = any(not bar.met for result in everything for bar in result.bars)
     failed = any(c.failure and c.milliseconds is None for result in everything for c in result.contestants)
-    return 1 if options.fail and (missed or failed) else 0
+    worse = earlier is not None and _regressed(console, Document(environment, everything, profile.name), earlier)
+    return 1 if worse or (options.fail and (missed or failed)) else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = parser()
+    options = made.parse_args(arguments)
+    unknown = [suite for suite in options.suite if suite not in (*SUITES, "all")]
+    if unknown:
+        made.error(f"SUITE: expected some of {', '.join((*SUITES, 'all'))}, got {', '.join(unknown)}")
+    if not options.suite and not options.quick:
+        made.error(f"expected a suite ({', '.join((*SUITES, 'all'))}), or --quick for the daily selection")
+    if not options.suite:
+        options.threads = [max(options.threads)]
+    return options
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The arguments for the other run: what it measures is what this one does."""
+    # An earlier commit may know no daily selection: it measures the suites that hold it.
+    found = [*(options.suite or DAILY_SUITES), "--threads", ",".join(map(str, options.threads))]
+    found += ["--quick"] if options.quick else []
+    found += ["--only", options.only] if options.only else []
+    return [*found, *(["--peers", ",".join(options.peers)] if options.peers is not None else [])]
+
+
+def _regressed(console: Console, now: Document, earlier: Mapping[str, Document]) -> bool:
+    """Print what changed beyond noise; whether anything of ours became slower or wrong."""
+    from benchmarks.against import compare, lost
+
+    changes = [change for change in compare({"now": now}, earlier) if change.contestant.startswith("ours")]
+    for change in changes:
+        if change.worse or change.better:
+            word = "[red]slower[/]" if change.worse else "[green]faster[/]"
+            where = f"{change.contestant} in {change.name} at {change.threads} threads"
+            console.print(f"{word}: {where}: {change.before:.2f} to {change.now:.2f} times stock", highlight=False)
+    wrong = lost({"now": now}, earlier)
+    for line in wrong:
+        console.print(f"[red]wrong now[/]: {line}", highlight=False)
+    worse = sum(change.worse for change in changes)
+    console.print(f"against: {len(changes)} compared, {worse} slower, {sum(c.better for c in changes)} faster")
+    if not changes:
+        console.print("[red]against: no case was measured undisturbed in both runs[/]")
+    return bool(worse or wrong or not changes)
 
 
 def table(title: str, results: Sequence[CaseResult]) -> Table:

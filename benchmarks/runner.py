@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.cases import FMA_LIMIT, STOCK, STOCK_AGAIN, Bar, Case
 from benchmarks.environment import fma_limit
 from benchmarks.measure import Race, Ratio, race
-from benchmarks.peers import Entry, Peer, registry
+from benchmarks.peers import Entry, Peer, Unsuitable, registry
 from benchmarks.problems import Named, Problem, build
 from benchmarks.results import BarResult, CaseResult, Contestant
 from tests.compare import difference
@@ -38,16 +38,16 @@ QUICK = Profile("quick", 0.8, 7)
 
 def check(entry: Entry, problem: Problem) -> str | None:
     """None where the contestant's results are those of float64 within its dtype's tolerance, else what differs."""
-    return _compare(entry.outcome(), problem, entry.dtype)
+    return _compare(entry.outcome(), problem, entry.dtype or problem.case.tolerance, entry.omits)
 
 
 def check_module(module: nn.Module, problem: Problem) -> str | None:
     """``check`` for a module that takes the problem's inputs."""
-    return _compare(problem.outcome(module, problem.call(module)), problem, problem.case.dtype)
+    return _compare(problem.outcome(module, problem.call(module)), problem, problem.case.tolerance)
 
 
-def _compare(found: Named, problem: Problem, dtype: torch.dtype) -> str | None:
-    expected = problem.oracle
+def _compare(found: Named, problem: Problem, dtype: torch.dtype, omits: Collection[str] = ()) -> str | None:
+    expected = [(name, oracle) for name, oracle in problem.oracle if name not in omits]
     if [name for name, _ in found] != [name for name, _ in expected]:
         return f"expected the results {[name for name, _ in expected]}, got {[name for name, _ in found]}"
     problems = [
@@ -63,7 +63,7 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
     try:
         with ExitStack() as stack, torch.set_grad_enabled(case.mode.has_gradients):
             problem = build(case)
-            entries, absent, failed = _qualify(case, problem, only, stack)
+            entries, absent, failed = qualify(case, problem, only, stack)
             calls = {name: entry.call for name, entry in entries.items()}
             linger = {name: entry.linger for name, entry in entries.items()}
             problem.__dict__.pop("oracle", None)  # it may be large
@@ -78,7 +78,7 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
     contestants = [
         dataclasses.replace(_figures(name, case, outcome, threads), failure=failed.get(name))
         if outcome is not None and name in outcome.timings
-        else Contestant(name, _version(name), missing=absent.get(name), failure=failed.get(name))
+        else Contestant(name, version_of(name), missing=absent.get(name), failure=failed.get(name))
         for name in (STOCK, *case.contestants)
     ]
     return CaseResult(
@@ -91,8 +91,8 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
         shape=dict(case.shape),
         threads=threads,
         contestants=contestants,
-        bars=[_judge(bar, contestants) for bar in case.bars if bar.threads == threads],
-        noise=_noise(outcome) if outcome is not None and STOCK_AGAIN in outcome.timings else None,
+        bars=[judge(bar, contestants) for bar in case.bars if bar.threads == threads],
+        noise=noise_of(outcome) if outcome is not None and STOCK_AGAIN in outcome.timings else None,
         rounds=outcome.rounds if outcome else 0,
         dropped=outcome.dropped if outcome else 0,
         disturbed=outcome.disturbed if outcome else False,
@@ -113,7 +113,7 @@ def _again(call: Callable[[], object]) -> Callable[[], object]:
     return lambda: call()
 
 
-def _qualify(
+def qualify(
     case: Case, problem: Problem, only: Collection[str] | None, stack: ExitStack
 ) -> tuple[dict[str, Entry], dict[str, str], dict[str, str]]:
     """The contestants that may be timed, why others are absent, and what others got wrong."""
@@ -129,6 +129,9 @@ def _qualify(
         try:
             entry = peer.prepare(problem, stack)
             failure = check(entry, problem)
+        except Unsuitable as reason:
+            absent[name] = str(reason)
+            continue
         except Exception as error:  # one that breaks is reported by name; the others are still measured
             failed[name] = f"{type(error).__name__}: {error}".removesuffix(": ")
             continue
@@ -149,7 +152,7 @@ def _why_not(peer: Peer, problem: Problem, only: Collection[str] | None) -> str 
     return reason
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return importlib.metadata.version(registry()[name].package)
     except importlib.metadata.PackageNotFoundError:
@@ -164,18 +167,18 @@ def _figures(name: str, case: Case, outcome: Race, threads: int) -> Contestant:
     limit = _limit(threads)
     return Contestant(
         name,
-        _version(name),
+        version_of(name),
         milliseconds=timing.median * 1e3,
         quantile_20=timing.low * 1e3,
         quantile_80=timing.high * 1e3,
-        ratio=_known(ratio.value),
-        ratio_low=_known(ratio.low),
-        ratio_high=_known(ratio.high),
+        ratio=known(ratio.value),
+        ratio_low=known(ratio.low),
+        ratio_high=known(ratio.high),
         fma_share=case.flops / timing.median / limit if case.flops and limit else None,
     )
 
 
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
@@ -186,13 +189,13 @@ def _limit(threads: int) -> float | None:
         return None
 
 
-def _noise(outcome: Race) -> float:
+def noise_of(outcome: Race) -> float:
     """How far the halves of the A/A pair lie from each other: the larger of their medians and the interval's half."""
     pair = outcome.ratio(STOCK, (STOCK_AGAIN,))
     return max(abs(pair.value - 1), (pair.high - pair.low) / 2)
 
 
-def _judge(bar: Bar, contestants: list[Contestant]) -> BarResult:
+def judge(bar: Bar, contestants: list[Contestant]) -> BarResult:
     found = {contestant.name: contestant for contestant in contestants}
     mine = found.get(bar.contestant)
     reached: float | None = None

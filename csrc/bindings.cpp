@@ -6,8 +6,11 @@
 #include <vector>
 
 #include "cells/registry.h"
+#include "cpu/allocate.h"
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
+#include "cuda/plan.h"
+#include "scores/registry.h"
 
 namespace py = pybind11;
 
@@ -36,6 +39,19 @@ PYBIND11_MODULE(_C, m) {
       },
       "Names of the recurrent cells, in the order of the `cell` argument of the recurrence operators.");
   m.def(
+      "poison_allocations", [](bool on) { seqattn::poison_allocations = on; }, py::arg("on"),
+      "Fill results with NaN before kernels write them, so that a value left out shows: for tests.");
+  m.def(
+      "scores",
+      [] {
+        std::vector<std::string> names;
+#define SEQATTN_NAME(Score) names.emplace_back(seqattn::Score::kName);
+        SEQATTN_SCORES(SEQATTN_NAME)
+#undef SEQATTN_NAME
+        return names;
+      },
+      "Names of the attention scores, as the `kind` argument of scores_fwd has them.");
+  m.def(
       "gang_size",
       [](int threads) {
         int size = 0;
@@ -47,4 +63,40 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
       "How many of the threads asked for came in time to work together.");
+  using seqattn::gpu::Plan;
+  py::class_<Plan>(m, "Plan", "Which CUDA kernel runs a recurrence, and with what shape; see csrc/cuda/plan.h.")
+      .def_property_readonly("kernel", [](const Plan& p) { return seqattn::gpu::name_of(p.kernel); })
+      .def_readonly("cluster", &Plan::cluster)
+      .def_readonly("clusters", &Plan::clusters)
+      .def_readonly("rows_per_block", &Plan::rows_per_block)
+      .def_readonly("warps", &Plan::warps)
+      .def_readonly("batch_columns", &Plan::batch_columns)
+      .def_readonly("smem_bytes", &Plan::smem_bytes)
+      .def_readonly("weight_registers", &Plan::weight_registers)
+      .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_readonly("why_not", &Plan::why_not);
+  m.def(
+      "plan_recurrence",
+      [](const std::string& cell, int64_t hidden, int64_t batch, int directions, const std::string& dtype, int sm,
+         int sm_count, int smem_per_block, int max_cluster, bool backward, bool projected, bool allow_tf32) {
+        const seqattn::gpu::PlanRequest request{seqattn::gpu::cell_number(cell),   hidden,   batch,     directions,
+                                                seqattn::gpu::dtype_number(dtype), backward, projected, allow_tf32};
+        return seqattn::gpu::plan_recurrence(request, {sm, sm_count, smem_per_block, max_cluster});
+      },
+      py::arg("cell"), py::arg("hidden"), py::arg("batch"), py::arg("directions"), py::arg("dtype"), py::arg("sm"),
+      py::arg("sm_count"), py::arg("smem_per_block"), py::arg("max_cluster"), py::arg("backward") = false,
+      py::arg("projected") = false, py::arg("allow_tf32") = true,
+      "The plan for a device of compute capability sm (90 for 9.0), its multiprocessors, the bytes of shared memory a "
+      "block can have, and the blocks of its largest cluster (1: none). dtype: 'float32', 'bfloat16'...");
+  m.def(
+      "decoder_why_not",
+      [](const std::string& cell, const std::string& dtype, int64_t source, int64_t hidden, int64_t attention,
+         int64_t value, int sm, int sm_count, int smem_per_block, int max_cluster) {
+        return seqattn::gpu::decoder_why_not(
+            {seqattn::gpu::cell_number(cell), seqattn::gpu::dtype_number(dtype), source, hidden, attention, value},
+            {sm, sm_count, smem_per_block, max_cluster});
+      },
+      py::arg("cell"), py::arg("dtype"), py::arg("source"), py::arg("hidden"), py::arg("attention"), py::arg("value"),
+      py::arg("sm"), py::arg("sm_count"), py::arg("smem_per_block"), py::arg("max_cluster"),
+      "Why no cluster of this device can run an attentional decoder of S, H, A and D; empty where one can.");
 }

@@ -2,19 +2,26 @@
 // fake kernels and autograd are in seqattn_kernels/ops.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(seqattn, m) {
+#if !defined(SEQATTN_LIBRARY)
+#define SEQATTN_LIBRARY seqattn  // a test has a library of its own, whose CUDA kernels run in the emulator
+#endif
+
+STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // One layer of a recurrent network: all its directions, all time steps. `cell` is the place in cells/registry.h.
   // layout 0: input [T, B, I], 1: [B, T, I], 2: packed rows [N, I]. sizes: lengths [B], or batch sizes [T] when packed.
   // weights: for each direction w_ih, w_hh, then b_ih, b_hh (has_bias), then w_hr (projection), in torch's layout.
   // Results: output, h_n, c_n, cell states of every step, reserve for backward (the last three may be empty).
+  // allow_tf32: products of float32 on a GPU may be rounded; stepwise: no persistent kernel. Both alike in backward.
   m.def(
       "recurrence_fwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "Tensor[] packed, bool has_bias, bool save, bool cell_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor[] packed, bool has_bias, bool save, bool cell_states, bool allow_tf32=False, bool stepwise=False) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Results: gradients of input, h0, c0 and the weights (empty where not needed).
   m.def(
       "recurrence_bwd(int cell, Tensor input, Tensor? sizes, int layout, Tensor? h0, Tensor? c0, Tensor[] weights, "
       "bool has_bias, Tensor reserve, Tensor? d_output, Tensor? d_hn, Tensor? d_cn, "
-      "Tensor? d_cell_states, bool need_input, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor? d_cell_states, bool need_input, bool need_weights, bool allow_tf32=False, bool stepwise=False) -> "
+      "(Tensor, Tensor, Tensor, Tensor[])");
   // One step of a cell: input [B, I], h and c [B, H] (None: zeros), weights w_ih, w_hh and, with has_bias, b_ih, b_hh.
   // Results: h', then c' of a cell that has one, then with `save` what backward needs.
   m.def(
@@ -28,7 +35,8 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   // `bfloat16` they are rounded and the tensors have that dtype: recurrence_fwd without `save` then rounds x and h too.
   m.def("recurrence_pack(int cell, Tensor[] weights, bool has_bias, bool bfloat16=False) -> Tensor[]");
   // Additive attention. `packed` is additive_pack(keys), kept by who calls for many steps; `mask` is boolean (true:
-  // attend) or added to the scores. A row that attends to nothing has zero weights and context.
+  // attend) or added to the scores. A row that attends to nothing has zero weights and context. `v` is [A], or [H, A]
+  // where heads are folded into the batch: batch element b has row b % H.
   m.def("additive_pack(Tensor keys) -> Tensor");
   m.def(
       "additive_fwd(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, Tensor? mask, "
@@ -36,4 +44,74 @@ STABLE_TORCH_LIBRARY(seqattn, m) {
   m.def(
       "additive_bwd(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
       "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The attentional decoder, all steps. options: order (0: attend with h of the step before, then update the cells, 1:
+  // the reverse), score (0: additive, 1: dot times scale), activation of the output projection (0: tanh, 1: none), then
+  // the columns where the input, the context and the attentional vector (-1: not fed) begin in w_ih of the first layer,
+  // and the context and h in w_output. input [B, T, I]; keys [B, S, A] and what additive_pack made of them; mask
+  // boolean [B, S]; weights: of each layer w_ih, w_hh, then b_ih, b_hh (has_bias); packed: what decoder_pack made.
+  // Results: h [L, B, T, H], last c [L, B, H], contexts [B, T, D], weights [B, T, S], attentional vectors [B, T, M],
+  // reserve for backward; those there are none of are empty. owners [B]: the row of keys, values, lengths and mask that
+  // each row attends to, its own where absent; not with `save`.
+  m.def(
+      "decoder_fwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor? packed_keys, "
+      "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
+      "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
+      "Tensor? b_output, Tensor? packed, Tensor? owners, bool save) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same, each step's input the embedding [V, I] of the most probable word of the step before, until `end` (-1:
+  // none) or `max_length`. w_predict [V, M or H], b_predict: from the output to logits; absent where it is them. start
+  // [B]: the first words. Results: words [B, T], how many are each row's [B], log-probabilities [B], weights [B, T, S].
+  m.def(
+      "decoder_generate(int cell, int[] options, float scale, Tensor embedding, Tensor keys, Tensor? packed_keys, "
+      "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
+      "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
+      "Tensor? b_output, Tensor? packed, Tensor? owners, Tensor? w_predict, Tensor? b_predict, Tensor start, int end, "
+      "int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
+  // b_output (empty where there is none), then of the weights.
+  m.def(
+      "decoder_bwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor values, Tensor? lengths, "
+      "Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, Tensor[] weights, bool has_bias, "
+      "Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, Tensor? b_output, Tensor hidden, "
+      "Tensor contexts, Tensor found, Tensor? attentional, Tensor reserve, Tensor? d_hidden, Tensor? d_c_n, "
+      "Tensor? d_contexts, Tensor? d_weights, Tensor? d_attentional, bool need_input) -> Tensor[]");
+  // The weights in the order forward reads them, valid while they are unchanged.
+  m.def(
+      "decoder_pack(int cell, Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? w_output, "
+      "Tensor? b_output) -> Tensor");
+  // All steps of an attentional decoder on a GPU: one layer, additive scores, attending before the update (see
+  // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.
+  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights.
+  m.def(
+      "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
+      "Tensor? h0, Tensor? c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Scores [B, T, S] by themselves; `kind` is a name of scores/registry.h. `features` [B, S, F] or [B, T, S, F] with
+  // `feature_weight` [F, A] are a term of additive scores beside query and key. 0 past the lengths.
+  m.def(
+      "scores_fwd(str kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
+      "Tensor? lengths) -> Tensor");
+  // Results: gradients of query, keys, v, features, feature_weight (empty where there is none). A score whose gradient
+  // is 0 contributes nothing, even where query or key is NaN.
+  m.def(
+      "scores_bwd(str kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
+      "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid, with `fill`
+  // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
+  m.def(
+      "normalize_fwd(str kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
+      "float fill, bool zero_empty) -> Tensor");
+  // The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0.
+  m.def(
+      "normalize_bwd(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
+      "-> Tensor");
+  // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
+  m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");
+  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
+  // summed over s with `reduce`. `mask` is boolean [B, S].
+  m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");
+  // Results: gradients of inner and input.
+  m.def(
+      "feature_bwd(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, Tensor? lengths, "
+      "Tensor? mask, bool reduce) -> (Tensor, Tensor)");
 }

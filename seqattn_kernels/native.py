@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (libtorch must be loaded before the extension that links to it)
+import torch  # libtorch must be loaded before the extension that links to it
 
 _REBUILD = "build it with `pip install --no-build-isolation -e .` in a checkout (needs a C++ compiler and ninja)"
 
@@ -22,9 +23,33 @@ except ImportError as error:
     _why_not = f"the native kernels can't be loaded ({error}); {_REBUILD}"
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels where torch can use them; else why not."""
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    if extension is None:
+        return _why_not
+    library = Path(__file__).with_name("libseqattn_cuda.so")
+    if not library.exists():
+        return f"the CUDA kernels were not compiled; with nvcc there, {_REBUILD}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the CUDA kernels can't be loaded ({error}); {_REBUILD}"
+    return None
+
+
+_cuda_why_not = _load_cuda()
+
+
 def why_not() -> str | None:
     """None when the native CPU operators are registered, else why not and what to do."""
     return _why_not
+
+
+def cuda_why_not() -> str | None:
+    """None when the CUDA operators are registered, else why not and what to do."""
+    return _cuda_why_not
 
 
 def instruction_set() -> str | None:

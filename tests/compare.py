@@ -69,7 +69,9 @@ def difference(actual: Tensor, oracle: Tensor, dtype: torch.dtype | None = None,
         return f"{name}: expected shape {list(oracle.shape)}, got {list(actual.shape)}"
     if actual.numel() == 0:
         return None
-    got, expected = actual.detach().cpu().double(), oracle.detach().cpu().double()
+    # Where the oracle is: results of a GPU are held against a CPU's, or against large ones left on the GPU.
+    expected = oracle.detach().double()
+    got = actual.detach().to(expected.device).double()
     # A finite oracle past the range of the dtype rounds to infinity there.
     expected = torch.where(expected.abs() > torch.finfo(dtype).max, expected.to(dtype).double(), expected)
     finite = expected.isfinite()
@@ -133,9 +135,13 @@ def gradients(result: Any, inputs: Sequence[Tensor], seed: int = 0) -> list[Tens
     """
     outputs = [tensor for _, tensor in flatten(result) if tensor.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(t.shape, generator=generator, dtype=torch.float32).bfloat16().to(t) for t in outputs]
+    directions = [_drawn(t.shape, generator).to(t) for t in outputs]
     found = torch.autograd.grad(outputs, list(inputs), directions, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
+"""Fixtures of every test. `--device cuda`, or SEQATTN_TEST_DEVICE, has the tests that can run on a GPU."""
+
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -7,9 +10,25 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from seqattn_kernels import native, thresholds
+
+CPU = torch.device("cpu")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    wanted = os.environ.get("SEQATTN_TEST_DEVICE", "cpu")
+    parser.addoption("--device", default=wanted, help="where tests of the `device` fixture run, such as cuda")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: about the CPU kernels: stays there whatever --device says")
+    wanted = config.getoption("--device")
+    try:
+        torch.zeros(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device: expected one that torch can use, got {wanted!r} ({reason})") from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,9 +54,41 @@ def fixed_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def device_of(request: pytest.FixtureRequest) -> torch.device:
+    """Where this test runs."""
+    stays = request.node.get_closest_marker("cpu") or "device" not in request.fixturenames
+    return CPU if stays else torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where tensors and modules that don't say otherwise are made in this test; float32 products are exact there.
+
+    On a GPU our kernels serve whatever was measured to be faster: torch's own need no tests of ours.
+    """
+    chosen = device_of(request)
+    if chosen.type == "cpu":
+        yield chosen
+        return
+    monkeypatch.setattr(thresholds, "faster_than_torch", lambda request: True)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    torch.set_default_device(chosen)
+    try:
+        yield chosen
+        # A kernel that failed is reported by the test that launched it, and not by a later one.
+        torch.accelerator.synchronize()
+    finally:
+        torch.set_default_device(None)
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 @pytest.fixture(params=[1, 2], ids=["1T", "2T"])
 def threads(request: pytest.FixtureRequest, fixed_threads: None) -> int:
     """Runs the test with one thread and with two."""
+    if request.param > 1 and device_of(request).type != "cpu":
+        pytest.skip("the number of threads is the CPU kernels' concern")
     torch.set_num_threads(request.param)
     return request.param
 
@@ -51,6 +102,10 @@ def poisoned_memory() -> Iterator[None]:
     mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True
+    if native.extension is not None:  # its own results don't go through torch's operators
+        native.extension.poison_allocations(True)
     yield
+    if native.extension is not None:
+        native.extension.poison_allocations(False)
     torch.set_deterministic_debug_mode(mode)
     deterministic.fill_uninitialized_memory = fill

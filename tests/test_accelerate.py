@@ -15,6 +15,7 @@ from seqattn_kernels.accelerate import accelerate, register_replacement, registr
 from tests.cases import KINDS
 from tests.compare import assert_same_bits, gradients
 
+pytestmark = pytest.mark.usefixtures("device")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
@@ -30,7 +31,7 @@ class Translator(nn.Module):
         self.head = nn.Linear(9, 13)
 
     def forward(self, tokens):
-        encoded, _ = self.blocks["source"][0](self.embed(tokens))
+        encoded, _ = self.blocks["source"][0](self.embed(tokens.to(self.embed.weight.device)))
         state, states = None, []
         for step in encoded:
             state = self.decoder(step, state)
@@ -106,7 +107,7 @@ def test_an_optimizer_made_before_goes_on():
             if each is model and step == 6:
                 restore(model)
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(each(tokens).flatten(0, 1), tokens.flatten())
+            loss = nn.functional.cross_entropy(each(tokens).flatten(0, 1), tokens.flatten().to(each.head.weight.device))
             loss.backward()
             optimizer.step()
             losses[each].append(loss.item())
@@ -270,6 +271,7 @@ def test_refuses_with_a_reason():
     assert "TorchScript" in refused(torch.jit.trace(nn.GRU(3, 7), torch.randn(4, 2, 3)))
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_refuses_quantized_modules():
     model = nn.Sequential(nn.LSTM(3, 7), nn.GRUCell(3, 7))
@@ -309,6 +311,7 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu
 def test_distributed_data_parallel(process_group):
     model = Translator()
     expected = model(tokens)
@@ -327,6 +330,7 @@ def test_distributed_data_parallel(process_group):
         torch.testing.assert_close({n: p.grad for n, p in wrapped.module.named_parameters()}, gradient)
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_fsdp_wraps_after_and_not_before(process_group):
     from torch.distributed.device_mesh import init_device_mesh

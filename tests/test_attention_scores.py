@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from seqattn_kernels import functional, reference
+from seqattn_kernels import functional, native, reference
 from seqattn_kernels.nn import AdditiveAttention, ConcatAttention, DotAttention, FeatureAttention, GeneralAttention
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, oracle_of, to_float64
 from tests.test_attention import INF, MASKS, NAMES, NAN, k, q, v
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def tutorial(kind, query, keys, values, parameters):
@@ -82,6 +84,24 @@ def test_nothing_leaks_in_other_scores(kind):
     assert all(g.isfinite().all() for g in found)
 
 
+@pytest.mark.parametrize("kind", ["dot", "general", "concat"])
+@pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
+def test_a_key_only_neighbours_attend_to_does_not_leak(kind):
+    """NaN at a key that one query may not attend to stays out of its context and of the gradients through it."""
+    query, keys, values = torch.randn(1, 3, 6), torch.randn(1, 9, 6), torch.randn(1, 9, 4)
+    parameters = parameters_of(kind, 6, 6)
+    mask = torch.ones(1, 3, 9, dtype=torch.bool)
+    mask[0, 1, 7] = False
+    expected, _ = other(kind, query[:, 1:2], keys, values, parameters, mask=mask[:, 1:2])
+    values[0, 7] = NAN
+    query.requires_grad_()
+    context, _ = other(kind, query, keys, values, parameters, mask=mask)
+    assert_close_to_float64(context[:, 1:2], to_float64(expected))
+    assert context[0, [0, 2]].isnan().all()
+    found = torch.autograd.grad(context[0, 1].sum(), query)[0]
+    assert found[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"lengths": torch.tensor([7, 0, 3])}, {"mask": torch.tensor([[True] * 3 + [False] * 4] * 3)}]
@@ -90,6 +110,7 @@ def test_feature_attention(options, reduce):
     tensors = [torch.randn(3, 7, 5), torch.randn(5, 5), torch.randn(5)]
     for t in tensors:
         t.requires_grad_()
+    options = {name: value.to(tensors[0].device) for name, value in options.items()}
     h, weight, bias = wide = to_float64(tensors)
     scores = torch.tanh(nn.functional.linear(h, weight, bias))
     expected = torch.zeros_like(h), torch.zeros_like(h)
@@ -103,6 +124,64 @@ def test_feature_attention(options, reduce):
     got = functional.feature_attention(*tensors, reduce=reduce, **options)
     assert_close_to_float64(got, expected)
     assert_close_to_float64(gradients(got, tensors), gradients(expected, wide))
+
+
+def feature_formula(input, weight, bias, lengths=None, reduce=False):
+    scores = torch.tanh(nn.functional.linear(input, weight, bias))
+    S = input.shape[1]
+    kept = [S] * len(input) if lengths is None else lengths.tolist()
+    rows = [nn.functional.pad(scores[b, :n].softmax(0), (0, 0, 0, S - n)) for b, n in enumerate(kept)]
+    weights = torch.stack(rows)
+    return (weights * input).sum(1) if reduce else weights * input, weights
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 16), (3, 5, 63), (2, 70, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_feature_attention_sizes(shape, reduce, dtype, threads):
+    B, S, D = shape
+    tensors = [torch.randn(s, dtype=dtype).requires_grad_() for s in ((B, S, D), (D, D), (D,))]
+    lengths = torch.randint(0, S + 1, (B,))
+    wide = to_float64(tensors)
+    got = functional.feature_attention(*tensors, lengths=lengths, reduce=reduce)
+    expected = feature_formula(*wide, lengths, reduce)
+    assert_close_to_float64(got, expected)
+    assert_close_to_float64(gradients(got, tensors), gradients(expected, wide))
+    for part in (0, 1):
+        found = gradients(functional.feature_attention(*tensors, reduce=reduce)[part], tensors)
+        assert_close_to_float64(found, gradients(feature_formula(*wide, None, reduce)[part], wide))
+
+
+def test_nothing_leaks_in_feature_attention():
+    tensors = [torch.randn(s).requires_grad_() for s in ((3, 9, 5), (5, 5), (5,))]
+    lengths = torch.tensor([9, 0, 4])
+    expected = functional.feature_attention(*tensors, lengths=lengths)
+    expected_gradients = gradients(expected, tensors)
+    with torch.no_grad():
+        tensors[0][1] = NAN
+        tensors[0][2, 4:] = INF
+    got = functional.feature_attention(*tensors, lengths=lengths)
+    assert_same_bits(got, expected)
+    assert_close_to_float64(gradients(got, tensors), to_float64(expected_gradients))
+    with torch.no_grad():
+        assert_same_bits(functional.feature_attention(*tensors, lengths=lengths), got)
+
+
+def test_feature_attention_twice_and_in_torch_machinery():
+    torch.use_deterministic_algorithms(False)
+    tensors = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 4, 3), (3, 3), (3,))]
+    lengths = torch.tensor([4, 2])
+    assert torch.autograd.gradgradcheck(lambda *t: functional.feature_attention(*t, lengths=lengths), tensors)
+    inputs = torch.randn(2, 9, 5), torch.randn(2, 9, 5)
+    if native.why_not() is None:
+        for reduce in (False, True):
+            torch.library.opcheck(torch.ops.seqattn.feature_fwd.default, (*inputs, lengths, None, reduce))
+            result, weights = torch.ops.seqattn.feature_fwd(*inputs, lengths, None, reduce)
+            arguments = (*inputs, weights, torch.randn_like(result), None, lengths, None, reduce)
+            torch.library.opcheck(torch.ops.seqattn.feature_bwd.default, arguments)
+    module, input = FeatureAttention(5), torch.randn(2, 9, 5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(input, lengths=lengths)
+    assert_close_to_float64(compiled, to_float64(module(input, lengths=lengths)))
 
 
 # Modules
@@ -157,12 +236,13 @@ def test_feature_module():
 def test_under_autocast():
     module = AdditiveAttention(6, 5, 7)
     query, keys = torch.randn(3, 4, 6), torch.randn(3, 9, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         context, weights = module(query, keys)
     assert_close_to_float64(weights, oracle_of(module.double(), query, keys)[1], torch.bfloat16)
     assert context.dtype == torch.bfloat16
 
 
+@pytest.mark.cpu
 def test_bad_input_of_other_scores():
     with pytest.raises(ValueError, match=r"weight: expected \[A, Q \+ K\] with Q=4"):
         functional.concat_attention(q, k, torch.zeros(3, 7), v[:3])

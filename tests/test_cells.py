@@ -14,6 +14,7 @@ import seqattn_kernels.nn as fast
 from tests.cases import KINDS
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 
+pytestmark = pytest.mark.usefixtures("device")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 # (B, I, H); B of None is unbatched.
@@ -156,6 +157,7 @@ def test_states_as_a_list():
     assert_same_bits(ours(stock)(input, list(hx)), ours(stock)(input, hx))
 
 
+@pytest.mark.cpu  # torch's own cells, which serve on a GPU, multiply by their results
 @every_kind
 @pytest.mark.parametrize("batch", [None, 1, 3])
 def test_states_are_nobody_elses_memory(kind, batch):

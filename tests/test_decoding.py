@@ -13,6 +13,8 @@ from torch import Tensor
 from seqattn_kernels.decoding import Hypothesis, beam_search, greedy_search, select_state
 from seqattn_kernels.functional import additive_attention, prepare_keys
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Table:
     """A language model whose next token depends on the whole prefix, by a random table for each sentence."""
@@ -21,9 +23,11 @@ class Table:
         generator = torch.Generator().manual_seed(seed)
         self.vocabulary, self.length = vocabulary, length
         self.nodes = sum((vocabulary + 1) ** t for t in range(length + 1)) + 1
-        self.logits = 2 * torch.randn(batch, self.nodes, vocabulary, generator=generator, dtype=torch.float64)
+        host: dict[str, Any] = {"generator": generator, "device": "cpu"}
+        here = torch.get_default_device()
+        self.logits = 2 * torch.randn(batch, self.nodes, vocabulary, dtype=torch.float64, **host).to(here)
         self.log_probs = self.logits.log_softmax(-1)
-        self.weights = torch.rand(batch, self.nodes, source, generator=generator).softmax(-1)
+        self.weights = torch.rand(batch, self.nodes, source, **host).softmax(-1).to(here)
         self.calls: list[int] = []
 
     def begin(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from seqattn_kernels.nn import freeze, frozen, unfreeze
 from tests.cases import KINDS
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients
 
+pytestmark = pytest.mark.usefixtures("device")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
@@ -30,7 +31,7 @@ class Tagger(nn.Module):
 
     def forward(self, tokens):
         state, states = None, []
-        for step in self.encoder(self.embed(tokens))[0]:
+        for step in self.encoder(self.embed(tokens.to(self.embed.weight.device)))[0]:
             state = self.cell(step, state)
             states.append(state[0] if isinstance(state, tuple) else state)
         return torch.stack(states)
@@ -41,7 +42,7 @@ change = pytest.raises(RuntimeError, match="frozen")
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model(device: torch.device) -> nn.Module:
     return accelerate(Tagger(KINDS["lstm"]))
 
 
@@ -194,7 +195,7 @@ def test_other_weights_by_functional_call_are_refused(model):
 
 def test_conversions_that_change_nothing_are_welcome(model):
     with frozen(model), torch.no_grad():
-        model.to("cpu").float().eval().requires_grad_(False)
+        model.to(model.cell.weight_hh.device).float().eval().requires_grad_(False)
         model(tokens)
 
 

@@ -10,12 +10,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import seqattn_kernels.nn as fast
 from tests.cases import KINDS
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 
+pytestmark = pytest.mark.usefixtures("device")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 OPTIONS = {
@@ -60,6 +61,12 @@ def draw(module: nn.RNNBase, steps: int, batch: int, *, batched: bool = True):
     for tensor in (input, *leaves(hx)):
         tensor.requires_grad_()
     return input, hx
+
+
+def pack_sequence(sequences, enforce_sorted: bool = True) -> PackedSequence:
+    """torch's own makes the lengths on the default device, and then wants them on the CPU."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device="cpu")
+    return pack_padded_sequence(pad_sequence(sequences), lengths, enforce_sorted=enforce_sorted)
 
 
 def leaves(hx) -> tuple[torch.Tensor, ...]:
@@ -134,7 +141,7 @@ def test_lengths_are_those_of_packed_sequences(kind, options):
     input, hx = draw(stock, 6, 4)
     lengths = torch.tensor([1, 6, 3, 5])
     output, state = module(input, hx, lengths=lengths)
-    packed = pack_padded_sequence(input, lengths, stock.batch_first, enforce_sorted=False)
+    packed = pack_padded_sequence(input, lengths.cpu(), stock.batch_first, enforce_sorted=False)
     oracle, oracle_state = copy.deepcopy(stock).double()(to_float64(packed), to_float64(hx))
     padded, _ = pad_packed_sequence(oracle, stock.batch_first, total_length=6)
     assert_close_to_float64((output, state), (padded, oracle_state))
@@ -251,7 +258,7 @@ def test_converts(kind, dtype):
 def test_autocast_gives_the_dtype_that_stock_gives(kind):
     stock = kind.stock(3, 7)
     input, _ = draw(stock, 4, 2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(input.device.type, torch.bfloat16):
         expected, result = stock(input), ours(stock)(input)
     assert result[0].dtype == expected[0].dtype
     assert_close_to_float64(result, copy.deepcopy(stock).double()(input.double()), torch.bfloat16)

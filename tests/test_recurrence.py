@@ -22,6 +22,7 @@ from tests.compare import (
     to_float64,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -36,7 +37,7 @@ def run_with_gradients(kind, x, hx, weights, **options):
     flat = []
     for result in results:
         flat += list(result) if isinstance(result, tuple) else [result]
-    loss = sum((r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in flat)
+    loss = sum((r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype, device=r.device).view(r.shape)).sum() for r in flat)
     inputs = [x, *(hx if isinstance(hx, tuple) else () if hx is None else (hx,)), *weights]
     return flat, torch.autograd.grad(loss, inputs)
 
@@ -124,13 +125,14 @@ def test_longer_than_a_chunk_and_a_block(kind, B, T, H, threads):
     agrees_with_float64(kind, x, None, weights, batch_first=True, bidirectional=True, lengths=lengths)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability):
     """The same tests on the kernels that an older processor would take."""
     selection = "(test_forward_and_gradients or test_projections or test_longer or half) and not 2T"
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection],
+        [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection, "--device", "cpu"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
@@ -139,6 +141,7 @@ def test_other_instruction_sets(capability):
     assert process.returncode == 0, process.stdout[-4000:]
 
 
+@pytest.mark.cpu
 @needs_native
 @kinds
 def test_results_do_not_depend_on_threads_or_runs(kind):
@@ -168,7 +171,7 @@ def test_strides_of_the_input_do_not_matter(kind):
 def test_packed_sequences_equal_stock(kind):
     x, lengths = torch.randn(4, 6, 5, dtype=torch.float64), torch.tensor([2, 6, 1, 4])
     stock = kind.stock(5, 8, bidirectional=True).double()
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     expected, expected_state = stock(packed)
     output, state = kind.run(packed, None, stock._flat_weights, bidirectional=True)
     assert_close_to_float64((output, state), (expected, expected_state))
@@ -219,6 +222,7 @@ def test_torch_func(kind):
     assert_close_to_float64(actual, torch.func.grad(lambda w: loss(w, "reference"))(tuple(weights)))
 
 
+@pytest.mark.cpu
 @needs_native
 @kinds
 @pytest.mark.parametrize("extras", [{}, {"lengths": torch.tensor([2, 4, 0])}], ids=["full", "lengths"])
@@ -268,6 +272,7 @@ def test_compiles_to_one_graph(kind, training):
         )
 
 
+@pytest.mark.cpu
 @needs_native
 @kinds
 def test_packed_weights(kind):
@@ -393,7 +398,7 @@ BAD_INPUT = {
     "state's layers": (lambda x, h: (x, torch.cat([h, h])), ValueError, r"expected \[1, 2, 5\], got \[2, 2, 5\]"),
     "state's rank": (lambda x, h: (x, h[0]), ValueError, r"expected \[1, 2, 5\], got \[2, 5\]"),
     "state's dtype": (lambda x, h: (x, h.double()), ValueError, "expected torch.float32"),
-    "a device": (lambda x, h: (x.to("meta"), None), ValueError, "input: expected device cpu"),
+    "a device": (lambda x, h: (x.to("meta"), None), ValueError, "input: expected device c(pu|uda)"),
 }
 
 
@@ -455,7 +460,8 @@ def test_backends_are_taken_in_order():
 def test_every_backend_agrees(kind):
     x = torch.randn(5, 3, 4, requires_grad=True)
     weights, hx = weights_of(kind, 4, 6), states(kind, 1, 3, 6)
-    for name in [b.name for b in backends.RECURRENCE]:
-        if name == "cpu" and native.extension is None:
-            continue
+    request = backends.Request(kind.name, x.device, x.dtype, 15, 3, 6, True)
+    names = [b.name for b in backends.RECURRENCE if b.why_not(request) is None]
+    assert {"torch", "reference"} <= set(names)
+    for name in names:
         agrees_with_float64(kind, x, hx, weights, backend=name)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.problems import Named, Problem
 
@@ -22,7 +23,14 @@ class Entry:
     call: Callable[[], Any]
     outcome: Callable[[], Named]
     linger: float = 0.0  # seconds its threads stay busy after the last call
-    dtype: torch.dtype = torch.float32  # the coarsest dtype it computes in, which sets its tolerance
+    dtype: torch.dtype | None = None  # one coarser than the case's that it computes in, which sets its tolerance
+    omits: tuple[str, ...] = ()  # results of the case it does not return
+    module: nn.Module | None = None  # whose parameters get gradients, where it is a torch module
+    replays: bool = False  # the call replays a recorded graph
+
+
+class Unsuitable(Exception):
+    """A contestant found only while it got ready that it can't take the case; the message says why."""
 
 
 class Peer(ABC):
@@ -55,8 +63,8 @@ class Peer(ABC):
 @lru_cache
 def registry() -> dict[str, Peer]:
     """Every contestant by name."""
-    from benchmarks.peers import onnxruntime, openvino, ours, torch_compile, torch_eager
+    from benchmarks.peers import cuda, flashrnn, haste, onnxruntime, openvino, ours, torch_compile, torch_eager
 
     peers = [torch_eager.TorchEager(), *ours.VARIANTS, torch_compile.TorchCompile()]
-    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino()]
+    peers += [onnxruntime.OnnxRuntime(), openvino.OpenVino(), *cuda.PEERS, haste.Haste(), flashrnn.FlashRnn()]
     return {peer.name: peer for peer in peers}

@@ -26,7 +26,7 @@ class Ours(Peer):
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
         module = problem.ours()
         call = problem.call(module)
-        return Entry(call, lambda: problem.outcome(module, call))
+        return Entry(call, lambda: problem.outcome(module, call), module=module)
 
 
 class OursFrozen(Ours):
@@ -43,7 +43,7 @@ class OursFrozen(Ours):
         module = problem.ours()
         stack.enter_context(seqattn_kernels.frozen(module))
         call = problem.call(module)
-        return Entry(call, lambda: problem.outcome(module, call))
+        return Entry(call, lambda: problem.outcome(module, call), module=module)
 
 
 class OursLengths(OursFrozen):
@@ -54,15 +54,16 @@ class OursLengths(OursFrozen):
     def why_not(self, problem: Problem) -> str | None:
         if problem.case.suite != "lengths":
             return "for variable lengths only"
-        return super().why_not(problem)
+        return super().why_not(problem) if problem.case.device == "cpu" else None
 
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
         import seqattn_kernels
 
         module = problem.ours()
-        stack.enter_context(seqattn_kernels.frozen(module))
+        if problem.case.device == "cpu":
+            stack.enter_context(seqattn_kernels.frozen(module))
         call = problem.call(module, padded=True)
-        return Entry(call, lambda: problem.outcome(module, call))
+        return Entry(call, lambda: problem.outcome(module, call), module=module)
 
 
 class OursBf16(OursFrozen):
@@ -75,7 +76,7 @@ class OursBf16(OursFrozen):
 
         module = seqattn_kernels.accelerate(problem.stock(), frozen=True, weights=torch.bfloat16)
         call = problem.call(module)
-        return Entry(call, lambda: problem.outcome(module, call), dtype=torch.bfloat16)
+        return Entry(call, lambda: problem.outcome(module, call), dtype=torch.bfloat16, module=module)
 
 
 VARIANTS: tuple[Peer, ...] = (Ours(), OursFrozen(), OursLengths(), OursBf16())

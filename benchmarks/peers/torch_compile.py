@@ -23,10 +23,9 @@ class TorchCompile(Peer):
     def prepare(self, problem: Problem, stack: ExitStack) -> Entry:
         import torch._dynamo
 
-        torch._dynamo.reset()
         stack.callback(torch._dynamo.reset)
         stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))  # type: ignore[attr-defined]
         module = problem.stock()
         module.compile(dynamic=False)
         call = problem.call(module)
-        return Entry(call, lambda: problem.outcome(module, call))
+        return Entry(call, lambda: problem.outcome(module, call), module=module)

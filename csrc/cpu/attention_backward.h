@@ -84,6 +84,11 @@ SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64
         u = g * Additive::reciprocal(M::at_most(e, bound), &rest);
         w = u * rest;
         u -= T(0.5) * g;
+        if constexpr (slope == Slope::plain) {
+          // Keys and queries may be NaN here; where the score has no gradient, that is nobody's.
+          u = g != Vec<T>{} ? u : Vec<T>{};
+          w = g != Vec<T>{} ? w : Vec<T>{};
+        }
       }
       dv_key += u;
       dq[i] += w;
@@ -136,9 +141,9 @@ void backward(const AttentionArgs<T>& args, int64_t begin, int64_t end, T* scrat
     }
     const T bound = T(Additive::kSmall);
     const bool small = all_at_most<T>(qmax, bound) && all_at_most<T>(kmax, bound);
-    const bool moderate = all_at_most<T>(kmax, Additive::kLargestKey<T>);
+    const bool moderate = all_at_most<T>(kmax, Additive::kLargestKey<T>) && all_at_most<T>(qmax, kInfinity<T>);
     const T* ds = args.d_scores + b * args.T_ * S;
-    const Vec<T> v = load_partial(args.v + a, left);
+    const Vec<T> v = load_partial(args.v + args.head(b) * args.v_stride + a, left);
     Vec<T> factor = v, dv;
     if (small) {
       for (int64_t s = 0; s < length; ++s) store(k + s * W, tanh<T>(load(k + s * W)));

@@ -110,6 +110,19 @@ void context_rows(const T* weights, int64_t ld, const T* values, int64_t D, cons
   }
 }
 
+// Lists the keys that some of `rows` rows of weights give weight to.
+template <class T>
+int64_t list_weighted(const T* weights, int64_t ld, int64_t rows, int64_t length, int32_t* list) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < length; ++s) {
+    bool any = false;
+    for (int64_t i = 0; i < rows && !any; ++i) any = weights[i * ld + s] != 0;
+    list[count] = int32_t(s);
+    count += any;
+  }
+  return count;
+}
+
 template <class T>
 SEQATTN_INLINE bool attends(const AttentionArgs<T>& args, int64_t b, int64_t t, int64_t s) {
   const int64_t at = b * args.mask_b + t * args.mask_t + s;
@@ -136,7 +149,7 @@ void context_tile(const AttentionArgs<T>& args, int64_t b, int64_t t0, int64_t r
                   int64_t d0, int64_t d1, int32_t* list) {
   const T* values = args.values + b * args.S * args.D + d0;
   T* out = args.context + (b * args.T_ + t0) * args.D + d0;
-  const bool masked = args.mask_bool || args.mask_add;
+  const bool masked = args.mask_bool || args.mask_add || args.by_weight;
   const int64_t length = args.length(b), width = d1 - d0, D = args.D;
   if (!masked) {
     int64_t i = 0;
@@ -149,19 +162,23 @@ void context_tile(const AttentionArgs<T>& args, int64_t b, int64_t t0, int64_t r
     if (i < rows) context_rows<T, 1, false>(weights + i * ld, ld, values, D, nullptr, length, out + i * D, width);
     return;
   }
-  const int64_t count = list_keys(args, b, t0, rows, list);
+  const auto keys_of = [&](int64_t first, int64_t n) {
+    return args.by_weight ? list_weighted(weights + first * ld, ld, n, length, list)
+                          : list_keys(args, b, t0 + first, n, list);
+  };
+  const int64_t count = keys_of(0, rows);
   int64_t i = 0;
   for (; i + 6 <= rows; i += 6) {
     context_rows<T, 6, true>(weights + i * ld, ld, values, D, list, count, out + i * D, width);
   }
   for (; i < rows; ++i) context_rows<T, 1, true>(weights + i * ld, ld, values, D, list, count, out + i * D, width);
-  if (!args.mask_t) return;
+  if (!args.mask_t && !args.by_weight) return;
   // A query must not see what only its neighbours in the tile attend to: 0 * NaN. Rare, so by a second look.
   for (i = 0; i < rows; ++i) {
     bool finite = true;
     for (int64_t d = 0; d < width; ++d) finite &= out[i * D + d] - out[i * D + d] == 0;
     if (finite) continue;
-    const int64_t own = list_keys(args, b, t0 + i, 1, list);
+    const int64_t own = keys_of(i, 1);
     context_rows<T, 1, true>(weights + i * ld, ld, values, D, list, own, out + i * D, width);
   }
 }

@@ -69,11 +69,11 @@ void softmax(const AttentionArgs<T>& args, int64_t begin, int64_t end) {
 template <class T>
 void context(const AttentionArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
   const ForwardScratch<T> space(args, scratch);
-  const int64_t chunks = ceil_div(args.D, kContextChunk);
+  const int64_t chunks = ceil_div(args.D, args.context_chunk);
   for (int64_t item = begin; item < end; ++item) {
     const Tile at = tile_of(args, item / chunks);
-    const int64_t d0 = item % chunks * kContextChunk;
-    const int64_t d1 = d0 + kContextChunk < args.D ? d0 + kContextChunk : args.D;
+    const int64_t d0 = item % chunks * args.context_chunk;
+    const int64_t d1 = d0 + args.context_chunk < args.D ? d0 + args.context_chunk : args.D;
     context_tile(args, at.b, at.t0, at.rows, args.rows + (at.b * args.T_ + at.t0) * args.row, args.row, d0, d1,
                  space.list);
   }

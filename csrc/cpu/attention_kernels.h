@@ -8,9 +8,8 @@
 
 namespace seqattn {
 
-inline constexpr int64_t kKeyBlock = 16;      // keys side by side in the packed layout, whatever the vector width
-inline constexpr int64_t kTileRows = 12;      // queries that share one pass over a block of keys
-inline constexpr int64_t kContextChunk = 64;  // columns of the context an item of a split tile computes
+inline constexpr int64_t kKeyBlock = 16;  // keys side by side in the packed layout, whatever the vector width
+inline constexpr int64_t kTileRows = 12;  // queries that share one pass over a block of keys
 
 // Always inlined: units of different instruction sets include this.
 #define SEQATTN_HERE inline __attribute__((always_inline))
@@ -32,9 +31,12 @@ struct AttentionArgs {
   const T* keys;    // not read by forward where packed is there
   const T* packed;  // [B, ceil(S/16), P + 1, 16], or null: each tile packs the block it needs
   const T* values;
-  const T* v_groups;  // [P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
-  const T* v;         // [P], zero past A
-  T scale;            // 2^e that makes the largest |v| at most 1
+  // Batch element b has row b % heads of what depends on v.
+  int64_t heads;
+  const T* v_groups;  // [heads, P / 4, 8]: v[0..3] * 2^-e, -half their sum, 3 unused
+  const T* v;         // [heads, v_stride]; forward: zero from A to P
+  int64_t v_stride;
+  const T* scales;  // [heads]: 2^e that makes the largest |v| at most 1
   bool v_finite;
   const int64_t* lengths;    // [B] or null
   const uint8_t* mask_bool;  // nonzero: attend; element (b, t, s) at b * mask_b + t * mask_t + s; or null
@@ -45,7 +47,9 @@ struct AttentionArgs {
   // Split forward: scores then weights of every row, rows padded to `row` elements; each entry once per (b, t).
   T* rows;
   int64_t row;
-  int64_t key_chunk;  // key blocks per item of `scores`
+  int64_t key_chunk;      // key blocks per item of `scores`
+  int64_t context_chunk;  // columns an item of `context` computes
+  bool by_weight;         // `context` alone: keys without weight are not there, whatever the masks
 
   // Backward.
   const T* d_weights;      // [B, T, S] gradient of the weights
@@ -59,6 +63,7 @@ struct AttentionArgs {
   SEQATTN_HERE int64_t tiles() const { return ceil_div(T_, kTileRows); }
   SEQATTN_HERE int64_t blocks() const { return ceil_div(S, kKeyBlock); }
   SEQATTN_HERE int64_t length(int64_t b) const { return lengths ? lengths[b] : S; }
+  SEQATTN_HERE int64_t head(int64_t b) const { return heads == 1 ? 0 : b % heads; }
 };
 
 template <class T>

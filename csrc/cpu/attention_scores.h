@@ -12,13 +12,18 @@ struct TileQueries {
   T *plain, *exponentials, *tangents;  // q, e^2q; tanh q where all are small
   bool small;
   int64_t stride;
+  const T *v, *v_groups;  // of their head
+  T scale;
 };
 
 template <class T>
 TileQueries<T> prepare_queries(const AttentionArgs<T>& args, int64_t b, int64_t t0, int64_t rows, T* scratch) {
   constexpr int W = kLanes<T>;
   const int64_t width = packed_rows(args.A);
-  TileQueries<T> tile{scratch, scratch + kTileRows * width, scratch + 2 * kTileRows * width, false, width};
+  const int64_t head = args.head(b);
+  TileQueries<T> tile{
+      scratch, scratch + kTileRows * width,   scratch + 2 * kTileRows * width,        false,
+      width,   args.v + head * args.v_stride, args.v_groups + head * 2 * (width - 1), args.scales[head]};
   Vec<T> largest{};
   for (int64_t i = 0; i < rows; ++i) {
     const T* q = args.query + (b * args.T_ + t0 + i) * args.A;
@@ -71,7 +76,7 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
       if constexpr (form == Form::merged || form == Form::small) {
         const Vec<T> bound = broadcast(Additive::kMergedBound<T>);
         for (int64_t a = a0; a < a1; a += Additive::kMerged) {
-          const T* group = form == Form::small ? args.v + a : args.v_groups + 2 * a;
+          const T* group = form == Form::small ? tile.v + a : tile.v_groups + 2 * a;
           const Vec<T> v[4] = {broadcast(group[0]), broadcast(group[1]), broadcast(group[2]), broadcast(group[3])};
           const Vec<T> half = form == Form::small ? Vec<T>{} : broadcast(group[4]);
 #pragma GCC unroll 2
@@ -101,7 +106,7 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
             for (int i = 0; i < N; ++i) {
               const Vec<T> q = broadcast(q0[i * tile.stride + a]);
               const Vec<T> term = form == Form::single ? Additive::forward_exp(q, k) : Additive::forward<M>(q, k);
-              part[i][j] = part[i][j] + args.v[a] * term;
+              part[i][j] = part[i][j] + tile.v[a] * term;
             }
           }
         }
@@ -116,7 +121,7 @@ SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T
     for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < K; ++j) {
-        store(out + i * ld + j * kKeyBlock + lane, form == Form::merged ? acc[i][j] * (T(-2) * args.scale) : acc[i][j]);
+        store(out + i * ld + j * kKeyBlock + lane, form == Form::merged ? acc[i][j] * (T(-2) * tile.scale) : acc[i][j]);
       }
     }
   }

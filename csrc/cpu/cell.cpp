@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "allocate.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -80,7 +81,7 @@ std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::opti
   std::vector<Tensor> results;
   results.reserve(3);
   auto make = [&](int64_t columns) {
-    results.push_back(torch::stable::new_empty(input, {B, columns}));
+    results.push_back(allocate(input, {B, columns}));
     return results.back().template mutable_data_ptr<T>();
   };
   p.h_new = make(H);
@@ -114,7 +115,8 @@ std::vector<Tensor> backward(int64_t number, const Tensor& input, const std::opt
   std::vector<Tensor> results;
   results.reserve(3 + weights.size());
   auto make = [&](const Tensor& like) {
-    results.push_back(torch::stable::empty_like(like));
+    const auto shape = like.sizes();
+    results.push_back(allocate(like, shape.data(), int64_t(shape.size())));
     return results.back().template mutable_data_ptr<T>();
   };
   p.reserve = const_cast<T*>(reserve.const_data_ptr<T>());

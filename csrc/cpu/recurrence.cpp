@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -228,15 +229,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   const int64_t all_rows = layout == kPacked ? input.size(0) : rows.steps * B;
   shape.back() = D * sizes.output;
-  Tensor output = torch::stable::new_empty(input, shape);
+  Tensor output = allocate(input, shape);
   shape.back() = D * sizes.hidden;
   const std::vector<int64_t> none{0};
-  Tensor states = torch::stable::new_empty(input, cell_states && cell.has_cell ? shape : none);
-  Tensor hn = torch::stable::new_empty(input, {D, B, sizes.output});
-  Tensor cn = torch::stable::new_empty(input, cell.has_cell ? std::vector<int64_t>{D, B, sizes.hidden} : none);
+  Tensor states = allocate(input, cell_states && cell.has_cell ? shape : none);
+  Tensor hn = allocate(input, {D, B, sizes.output});
+  Tensor cn = allocate(input, cell.has_cell ? std::vector<int64_t>{D, B, sizes.hidden} : none);
   const int64_t reserve_values = all_rows * reserved(cell.saved) * padded(sizes.hidden);
-  Tensor reserve = torch::stable::new_empty(
-      input, save ? std::vector<int64_t>{D, all_rows, reserved(cell.saved) * padded(sizes.hidden)} : none);
+  Tensor reserve =
+      allocate(input, save ? std::vector<int64_t>{D, all_rows, reserved(cell.saved) * padded(sizes.hidden)} : none);
 
   Problem<T> p{};
   p.rows = rows;
@@ -323,13 +324,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   const std::vector<int64_t> none{0};
   std::vector<int64_t> input_shape(input.sizes().begin(), input.sizes().end());
   if (D > 1) input_shape.insert(input_shape.begin(), D);
-  Tensor d_input = torch::stable::new_empty(input, need_input ? input_shape : none);
-  Tensor d_h0 = torch::stable::new_empty(input, h0 ? std::vector<int64_t>{D, B, sizes.output} : none);
-  Tensor d_c0 = torch::stable::new_empty(input, c0 ? std::vector<int64_t>{D, B, sizes.hidden} : none);
+  Tensor d_input = allocate(input, need_input ? input_shape : none);
+  Tensor d_h0 = allocate(input, h0 ? std::vector<int64_t>{D, B, sizes.output} : none);
+  Tensor d_c0 = allocate(input, c0 ? std::vector<int64_t>{D, B, sizes.hidden} : none);
   std::vector<Tensor> d_weights;
   if (need_weights) {
     for (const Tensor& w : weights) {
-      d_weights.push_back(rows.first[rows.steps] ? torch::stable::new_empty(w, w.sizes())
+      d_weights.push_back(rows.first[rows.steps] ? allocate(w, w.sizes().data(), w.dim())
                                                  : torch::stable::new_zeros(w, w.sizes()));
     }
   }
@@ -397,7 +398,7 @@ std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, boo
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_fwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> sizes, int64_t layout, std::optional<Tensor> h0,
     std::optional<Tensor> c0, std::vector<Tensor> weights, std::vector<Tensor> packed, bool has_bias, bool save,
-    bool cell_states) {
+    bool cell_states, bool, bool) {
   return with_dtype(input, [&](auto t) {
     return forward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states);
   });
@@ -407,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_bwd_cpu(
     int64_t cell, Tensor input, std::optional<Tensor> sizes, int64_t layout, std::optional<Tensor> h0,
     std::optional<Tensor> c0, std::vector<Tensor> weights, bool has_bias, Tensor reserve,
     std::optional<Tensor> d_output, std::optional<Tensor> d_hn, std::optional<Tensor> d_cn,
-    std::optional<Tensor> d_cell_states, bool need_input, bool need_weights) {
+    std::optional<Tensor> d_cell_states, bool need_input, bool need_weights, bool, bool) {
   return with_dtype(input, [&](auto t) {
     return backward<decltype(t)>(cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn,
                                  d_cell_states, need_input, need_weights);

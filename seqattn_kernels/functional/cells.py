@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import backends, native, ops, reference
-from seqattn_kernels.functional.recurrence import _autocasts, _check_tensor, _rnn_cell_name, _widen
+from seqattn_kernels.functional.recurrence import _autocasts, _cast, _check_tensor, _rnn_cell_name, _widen
 from seqattn_kernels.reference.recurrence import GATES
 
 
@@ -84,6 +84,8 @@ def _run(
         # A step is a few microseconds: the operator's own checks serve here, and Python's only say it better.
         weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
         try:
+            if not input.is_cpu:
+                return _torch_step(cell, input, h, c, weights)
             states = ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
         except (RuntimeError, TypeError, AttributeError):
             _check(input, h, c, list(weights), GATES[cell])
@@ -93,15 +95,24 @@ def _run(
 
 
 def _is_plain(input: Any, backend: str | None) -> bool:
+    """What needs no more than one operator: ours on a CPU; on a GPU torch's, which is one kernel after two products."""
     return (
         backend is None
         and native.extension is not None
         and isinstance(input, Tensor)
-        and input.is_cpu
         and input.dim() == 2
-        and input.dtype in (torch.float32, torch.float64)
+        and (input.is_cuda or (input.is_cpu and input.dtype in (torch.float32, torch.float64)))
         and not torch._C._is_any_autocast_enabled()
     )
+
+
+def _torch_step(cell: str, x: Tensor, h: Any, c: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """torch's own step; x [B, I]."""
+    if h is None or (c is None and cell == "lstm"):
+        zeros = x.new_zeros(x.shape[0], weights[1].shape[1])
+        h, c = zeros if h is None else h, zeros if c is None else c
+    result = getattr(torch._VF, f"{cell}_cell")(x, (h, c) if cell == "lstm" else h, *weights)
+    return result if cell == "lstm" else (result, None)
 
 
 def _check(input: Any, h: Any, c: Any, weights: Sequence[Tensor], gates: int) -> None:
@@ -146,36 +157,32 @@ def _run_checked(
     _check_tensor("input", input)
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     dtype = input.dtype
+    training = torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
+    hidden, batch = w_ih.shape[0] // GATES[cell], input.shape[0] if input.dim() == 2 else 1
+    request = backends.Request(cell, input.device, dtype, batch, batch, hidden, training, sequence=False)
+    name = backends.choose(backends.RECURRENCE, request, backend)
     if _autocasts(input):
-        dtype = (
-            torch.get_autocast_dtype(input.device.type) if cell.startswith("rnn") else (input if h is None else h).dtype
-        )
-        input, h, c = _widen(input), _widen(h), _widen(c)
-        weights = [_widen(w) for w in weights]
+        dtype = torch.get_autocast_dtype(input.device.type)
+        # On a CPU all is computed in float32, which is more than torch does; the dtype of the results follows torch.
+        cast_to = dtype if input.is_cuda else torch.float32
+        if not (input.is_cuda or cell.startswith("rnn")):
+            dtype = (input if h is None else h).dtype
+        input, h, c = (_cast(t, cast_to) for t in (input, h, c))
+        weights = [_cast(w, cast_to) for w in weights]
     _check(input, h, c, weights, GATES[cell])
-    hidden = w_ih.shape[0] // GATES[cell]
     x = input
     if input.dim() == 1:
         x, h, c = x.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
 
-    training = torch.is_grad_enabled() and (input.requires_grad or any(w.requires_grad for w in weights))
     if packed_weights is not None and training and any(w.requires_grad for w in weights):
         raise RuntimeError("packed_weights: expected None while gradients of the weights are recorded")
-    request = backends.Request(cell, x.device, x.dtype, x.shape[0], x.shape[0], hidden, training)
-    name = backends.choose(backends.RECURRENCE, request, backend)
-    if name == "cpu":
-        if x.dtype not in (torch.float32, torch.float64):
+    if name in ("cpu", "cuda", "cuda_stepwise"):
+        if name == "cpu" and x.dtype not in (torch.float32, torch.float64):
             x, h, c, weights = _widen(x), _widen(h), _widen(c), [_widen(w) for w in weights]
         states = ops.recurrence.cell_step(cell, x, h, c, weights, len(weights) == 4, packed_weights or ())
         h_new, c_new = states if cell == "lstm" else (states[0], None)
     elif name == "torch":
-        zeros = x.new_zeros(x.shape[0], hidden)
-        hx: Any = zeros if h is None else h
-        if cell == "lstm":
-            hx = (hx, zeros if c is None else c)
-        biases = weights[2:] or (None, None)
-        result = getattr(torch._VF, f"{cell}_cell")(x, hx, w_ih, w_hh, *biases)
-        h_new, c_new = result if cell == "lstm" else (result, None)
+        h_new, c_new = _torch_step(cell, x, h, c, weights)
     else:
         zeros = x.new_zeros(x.shape[0], hidden)
         c_in = None if cell != "lstm" else zeros if c is None else c

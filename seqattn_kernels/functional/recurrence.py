@@ -47,12 +47,13 @@ def lstm(
         return_all_states: also return the last layer's cell state of every step.
         packed_weights: what ``pack_weights`` made of these very weights. Inference only; the caller vouches that the
             weights have not changed since.
-        backend: "cpu", "torch" or "reference"; None chooses.
+        backend: "cpu", "cuda", "cuda_stepwise", "torch" or "reference"; None chooses.
 
     Returns:
         output [T, B, D * (P or H)] (laid out as the input), (h_n [L * D, B, P or H], c_n [L * D, B, H]), and with
-        ``return_all_states`` the cell states [T, B, D * H]. float32 and float64 compute in their own precision,
-        bfloat16 and float16 in float32.
+        ``return_all_states`` the cell states [T, B, D * H]. float32 and float64 compute in their own precision
+        (on a GPU, products of float32 in tf32 where ``torch.backends.cudnn.allow_tf32``), bfloat16 and float16 in
+        float32; on a GPU only products are of the dtype, rounded as h is, while sums and c are float32.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or type; the message names it.
@@ -170,6 +171,11 @@ def _widen(t: Any) -> Any:
     return t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t
 
 
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    """As autocast casts: float64 and integers stay."""
+    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
@@ -247,7 +253,9 @@ class _Layout:
         return state.squeeze(1) if self.unbatched else state
 
 
-def _check_weights(cell: str, weights: Weights, num_layers: int, bias: bool, proj_size: int, data: Tensor) -> None:
+def _check_weights(
+    cell: str, weights: Weights, num_layers: int, bias: bool, proj_size: int, data: Tensor, autocast: bool
+) -> None:
     count = len(weights)
     directions = count // num_layers // (2 + 2 * bool(bias) + bool(proj_size)) if num_layers > 0 else 0
     if count != num_layers * directions * (2 + 2 * bool(bias) + bool(proj_size)):
@@ -255,7 +263,7 @@ def _check_weights(cell: str, weights: Weights, num_layers: int, bias: bool, pro
     first = weights[0]
     if data.shape[-1] != first.shape[-1]:
         raise ValueError(f"input: expected last dimension {first.shape[-1]} (from weights), got {list(data.shape)}")
-    if data.dtype != first.dtype:
+    if data.dtype != first.dtype and not autocast:
         raise ValueError(f"input: expected {first.dtype} (from weights), got {data.dtype}")
     if data.device != first.device:
         raise ValueError(f"input: expected device {first.device} (from weights), got {data.device}")
@@ -281,19 +289,45 @@ def _run(
     layout = _Layout(input, batch_first, lengths)
     data = layout.data
     dtype = data.dtype
+    on_cuda = data.is_cuda
+    cast_to: torch.dtype | None = None
     if _autocasts(data):
-        # Computed in float32, which is more than torch does; only the dtype of the results follows torch.
-        given = hx if isinstance(hx, Tensor) else None
-        dtype = (
-            (data if given is None else given).dtype if cell == "gru" else torch.get_autocast_dtype(data.device.type)
-        )
-        data = layout.data = _widen(data)
-        weights = [_widen(w) for w in weights]
-        if hx is not None:
-            hx = _widen(hx) if isinstance(hx, Tensor) else [_widen(h) for h in hx]
-    _check_weights(cell, weights, num_layers, bias, proj_size, data)
+        dtype = torch.get_autocast_dtype(data.device.type)
+        # On a CPU all is computed in float32, which is more than torch does; the dtype of the results follows torch.
+        cast_to = dtype if on_cuda else torch.float32
+        if cell == "gru" and not on_cuda:
+            dtype = hx.dtype if isinstance(hx, Tensor) else data.dtype
     directions = 2 if bidirectional else 1
     hidden = weights[0].shape[0] // GATES[cell]
+    extras = (
+        "lengths=" if lengths is not None else "return_all_states=" if return_all_states and cell == "lstm" else None
+    )
+    if on_cuda and extras is None and torch._C._functorch.maybe_current_level() is not None:
+        extras = "transform of torch.func"  # cuDNN looks for the memory of its arguments
+    rows = data.shape[0] if layout.packed else data.shape[0] * data.shape[1]
+    training_step = torch.is_grad_enabled() and (data.requires_grad or any(w.requires_grad for w in weights))
+    request = backends.Request(
+        cell,
+        data.device,
+        cast_to or data.dtype,
+        rows,
+        layout.batch,
+        hidden,
+        training_step,
+        extras,
+        directions,
+        bool(proj_size),
+        layout.packed,
+        training_step and not training,
+    )
+    name = backends.choose(backends.RECURRENCE, request, backend)
+    if cast_to is not None:
+        data = layout.data = _cast(data, cast_to)
+        if not (on_cuda and name == "torch"):  # which casts them for itself, into one piece of memory
+            weights = [_cast(w, cast_to) for w in weights]
+        if hx is not None:
+            hx = _cast(hx, cast_to) if isinstance(hx, Tensor) else [_cast(h, cast_to) for h in hx]
+    _check_weights(cell, weights, num_layers, bias, proj_size, data, cast_to is not None)
     h0 = c0 = None
     if hx is not None:
         if cell == "lstm":
@@ -303,14 +337,6 @@ def _run(
             c0 = layout.states_in("c_0", hx[1], num_layers * directions, hidden)
         else:
             h0 = layout.states_in("hx", hx, num_layers * directions, hidden)
-
-    extras = (
-        "lengths=" if lengths is not None else "return_all_states=" if return_all_states and cell == "lstm" else None
-    )
-    rows = data.shape[0] if layout.packed else data.shape[0] * data.shape[1]
-    training_step = torch.is_grad_enabled() and (data.requires_grad or any(w.requires_grad for w in weights))
-    request = backends.Request(cell, data.device, data.dtype, rows, layout.batch, hidden, training_step, extras)
-    name = backends.choose(backends.RECURRENCE, request, backend)
     if packed_weights is not None and training_step and any(w.requires_grad for w in weights):
         raise RuntimeError("packed_weights: expected None while gradients of the weights are recorded")
     if name == "torch":
@@ -318,11 +344,12 @@ def _run(
             cell, layout, data, h0, c0, weights, num_layers, bias, dropout, training, bidirectional, return_all_states
         )
 
+    native_kernels = name in ("cpu", "cuda", "cuda_stepwise")
     if name == "cpu":
         data, h0, c0, weights = _widen(data), _widen(h0), _widen(c0), [_widen(w) for w in weights]
     sizes = layout.sizes
-    if sizes is not None and (sizes.device.type != "cpu" or sizes.dtype != torch.int64) and name == "cpu":
-        sizes = sizes.to("cpu", torch.int64)
+    if sizes is not None and native_kernels:
+        sizes = sizes.to("cpu" if name == "cpu" else sizes.device, torch.int64)
     if sizes is not None and not sizes.is_contiguous():
         sizes = sizes.contiguous()
 
@@ -339,10 +366,12 @@ def _run(
         own = weights[layer * per_layer : (layer + 1) * per_layer]
         h = None if h0 is None else h0[layer * directions : (layer + 1) * directions]
         c = None if c0 is None else c0[layer * directions : (layer + 1) * directions]
-        if name == "cpu":
+        if native_kernels:
             packed = packed_weights[layer] if packed_weights is not None else ()
             last = return_all_states and layer == num_layers - 1
-            data, h_n, c_n, states = ops.recurrence.recurrence(cell, data, sizes, kind, h, c, own, bias, last, packed)
+            data, h_n, c_n, states = ops.recurrence.recurrence(
+                cell, data, sizes, kind, h, c, own, bias, last, packed, name == "cuda_stepwise"
+            )
         else:
             data, h_n, c_n, states = reference.recurrence.recurrence(cell, data, sizes, kind, h, c, own, bias)
         finals.append(h_n)
@@ -398,6 +427,12 @@ def _run_torch(
     if cell == "lstm":
         hidden = weights[0].shape[0] // GATES[cell]
         hx = (h0, c0 if c0 is not None else data.new_zeros(num_layers * directions, layout.batch, hidden))
+    if data.is_cuda:
+        # cuDNN gathers the weights through views, and has a backward in training mode alone, which without dropout
+        # computes the same.
+        weights = [w.contiguous() for w in weights]
+        if not training and torch.is_grad_enabled() and any(t.requires_grad for t in (data, hx[0], *weights)):
+            training, dropout = True, 0.0
     call = getattr(torch._VF, cell)
     settings = (list(weights), bool(bias), num_layers, float(dropout), training, bidirectional)
     if layout.packed:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
+from seqattn_kernels.ops.autograd import apply_function
 
 _KEY_BLOCK = 16
 _COLUMN_GROUP = 4
@@ -114,13 +115,14 @@ def additive(
 ) -> tuple[Tensor, Tensor]:
     """The native operator: query [B, A] or [B, T, A], all tensors float32 or all float64, on the CPU.
 
+    v is [A], or [H, A] with H dividing B: batch element b has row b % H, as heads folded into the batch need it.
     packed: what `pack_keys` made of these very keys, or None. Without `need_weights` the second result is empty where
     no gradient is needed.
     """
     if torch.is_grad_enabled() and (
         query.requires_grad or keys.requires_grad or values.requires_grad or v.requires_grad
     ):
-        return AdditiveFunction.apply(query, keys, packed, values, v, lengths, mask)
+        return apply_function(AdditiveFunction, query, keys, packed, values, v, lengths, mask)
     return torch.ops.seqattn.additive_fwd.default(query, keys, packed, values, v, lengths, mask, need_weights)
 
 

@@ -18,6 +18,7 @@ from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
 _NUMBER = {name: number for number, name in enumerate(CELLS)}
 _SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+_KEPT = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}  # on CUDA: a unit's values but for the cell state
 _UNIT_PAD = 16
 
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -25,6 +26,17 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 def _padded(units: int) -> int:
     return -(-units // _UNIT_PAD) * _UNIT_PAD
+
+
+def _cuda_reserve_bytes(name: str, dtype: torch.dtype, directions: int, rows: int, hidden: int, output: int) -> int:
+    """Bytes of the reserve on CUDA; mirrors Problem::parts in csrc/cuda/problem.cpp."""
+    count, item = directions * rows, dtype.itemsize
+    parts = [count * hidden * _KEPT[name] * item, count * output * item]
+    if name == "lstm":
+        parts.append(count * hidden * max(item, 4))
+    if output != hidden:
+        parts.append(count * hidden * item)
+    return sum((part + 255) // 256 * 256 for part in parts)
 
 
 def _geometry(cell: str, input: Tensor, layout: int, sizes: Tensor | None, weights: Sequence[Tensor], has_bias: bool):
@@ -36,7 +48,10 @@ def _geometry(cell: str, input: Tensor, layout: int, sizes: Tensor | None, weigh
 
 def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::recurrence_fwd")
-    def _(cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states):
+    def _(
+        cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states, allow_tf32=False,
+        stepwise=False,
+    ):  # fmt: skip
         name = CELLS[cell]
         D, hidden, output = _geometry(name, input, layout, sizes, weights, has_bias)
         if layout == PACKED:
@@ -47,18 +62,24 @@ def _register_fakes() -> None:
             rows = input.shape[0] * input.shape[1]
         has_cell = name == "lstm"
         empty = input.new_empty
+        if not save:
+            reserve = empty(0, dtype=torch.uint8) if input.is_cuda else empty(0)
+        elif input.is_cuda:
+            reserve = empty(_cuda_reserve_bytes(name, input.dtype, D, rows, hidden, output), dtype=torch.uint8)
+        else:
+            reserve = empty(D, rows, (_SAVED[name] + 1) * _padded(hidden))
         return (
             empty(*input.shape[:-1], D * output),
             empty(D, batch, output),
             empty(D, batch, hidden) if has_cell else empty(0),
             empty(*input.shape[:-1], D * hidden) if has_cell and cell_states else empty(0),
-            empty(D, rows, (_SAVED[name] + 1) * _padded(hidden)) if save else empty(0),
+            reserve,
         )
 
     @torch.library.register_fake("seqattn::recurrence_bwd")
     def _(
         cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn, d_cell_states,
-        need_input, need_weights,
+        need_input, need_weights, allow_tf32=False, stepwise=False,
     ):  # fmt: skip
         empty = input.new_empty
         return (
@@ -72,9 +93,13 @@ def _register_fakes() -> None:
     def _(cell, input, h, c, weights, packed, has_bias, save):
         batch, hidden, name = input.shape[0], weights[1].shape[1], CELLS[cell]
         columns = [hidden, hidden] if name == "lstm" else [hidden]
-        if save:
+        if save and not input.is_cuda:
             columns.append(max(_SAVED[name], 1) * _padded(hidden))
-        return [input.new_empty(batch, n) for n in columns]
+        results = [input.new_empty(batch, n) for n in columns]
+        if save and input.is_cuda:
+            size = _cuda_reserve_bytes(name, input.dtype, 1, batch, hidden, hidden)
+            results.append(input.new_empty(size, dtype=torch.uint8))
+        return results
 
     @torch.library.register_fake("seqattn::cell_bwd")
     def _(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights):
@@ -109,46 +134,45 @@ class RecurrenceFunction(torch.autograd.Function):
     """One layer with gradients. Saves the inputs and the reserve, never the outputs: those may be changed in place."""
 
     @staticmethod
-    def forward(cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights):
+    def forward(cell, has_bias, layout, cell_states, allow_tf32, stepwise, input, sizes, h0, c0, *weights):
         return torch.ops.seqattn.recurrence_fwd.default(
-            _NUMBER[cell], input, sizes, layout, h0, c0, weights, (), has_bias, True, cell_states
+            _NUMBER[cell], input, sizes, layout, h0, c0, weights, (), has_bias, True, cell_states, allow_tf32, stepwise
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights = inputs
-        ctx.settings = cell, has_bias, layout, cell_states
+        *settings, input, sizes, h0, c0 = inputs[:10]
+        weights = inputs[10:]
+        ctx.settings = tuple(settings)
         ctx.save_for_backward(input, sizes, h0, c0, output[4], *weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in output[2:] if t.dim() == 1), output[4])
 
     @staticmethod
     def backward(ctx, d_output, d_hn, d_cn, d_states, _):
-        cell, has_bias, layout, cell_states = ctx.settings
+        cell, has_bias, layout, cell_states, allow_tf32, stepwise = ctx.settings
         input, sizes, h0, c0, reserve, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        unneeded = (None,) * 6  # gradients of the settings
+        needs = ctx.needs_input_grad[6:]
         # torch.compile passes zeros for results that the cell doesn't have.
         has_cell = cell == "lstm"
         gradients = d_output, d_hn, d_cn if has_cell else None, d_states if has_cell and cell_states else None
         if all(g is None for g in gradients):
-            return (None,) * (8 + len(weights))
+            return (None,) * (10 + len(weights))
         if torch.is_grad_enabled():
             outputs = reference.recurrence.recurrence(cell, input, sizes, layout, h0, c0, weights, has_bias)
             inputs = input, sizes, h0, c0, *weights
-            return None, None, None, None, *_differentiable_gradients(outputs, inputs, needs[4:], gradients)
+            return *unneeded, *_differentiable_gradients(outputs, inputs, needs, gradients)
         d_input, d_h0, d_c0, d_weights = torch.ops.seqattn.recurrence_bwd.default(
             _NUMBER[cell], input, sizes, layout, h0, c0, weights, has_bias, reserve,
-            *map(_contiguous, gradients), needs[4], any(needs[8:]),
+            *map(_contiguous, gradients), needs[0], any(needs[4:]), allow_tf32, stepwise,
         )  # fmt: skip
         return (
+            *unneeded,
+            d_input if needs[0] else None,
             None,
-            None,
-            None,
-            None,
-            d_input if needs[4] else None,
-            None,
-            d_h0 if needs[6] else None,
-            d_c0 if needs[7] else None,
+            d_h0 if needs[2] else None,
+            d_c0 if needs[3] else None,
             *(d_weights or (None,) * len(weights)),
         )
 
@@ -190,21 +214,25 @@ def recurrence(
     has_bias: bool,
     cell_states: bool = False,
     packed: Sequence[Tensor] = (),
+    stepwise: bool = False,
 ) -> Results:
     """The native operator on one layer; see `reference.recurrence.recurrence` for the arguments and results.
 
-    `packed`: what `pack_recurrence` made of these very weights, or empty.
+    `packed`: what `pack_recurrence` made of these very weights, or empty. `stepwise`: on CUDA, no persistent kernel.
     """
+    allow_tf32 = input.is_cuda and input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     input, h0, c0 = input.contiguous(), _contiguous(h0), _contiguous(c0)
     weights = [w.contiguous() for w in weights]
     if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
         output, hn, cn, states, _ = apply_function(
-            RecurrenceFunction, cell, has_bias, layout, cell_states, input, sizes, h0, c0, *weights
-        )
+            RecurrenceFunction, cell, has_bias, layout, cell_states, allow_tf32, stepwise, input, sizes, h0, c0,
+            *weights,
+        )  # fmt: skip
     else:
         output, hn, cn, states, _ = torch.ops.seqattn.recurrence_fwd.default(
-            _NUMBER[cell], input, sizes, layout, h0, c0, weights, packed, has_bias, False, cell_states
-        )
+            _NUMBER[cell], input, sizes, layout, h0, c0, weights, packed, has_bias, False, cell_states, allow_tf32,
+            stepwise,
+        )  # fmt: skip
     if cell != "lstm":
         return output, hn, None, None
     return output, hn, cn, states if cell_states else None

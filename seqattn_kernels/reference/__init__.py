@@ -1,5 +1,5 @@
 """What the operators mean, in plain torch."""
 
-from seqattn_kernels.reference import attention, recurrence
+from seqattn_kernels.reference import alignment, attention, decoder, normalizers, recurrence
 
-__all__ = ["attention", "recurrence"]
+__all__ = ["alignment", "attention", "decoder", "normalizers", "recurrence"]

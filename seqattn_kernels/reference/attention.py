@@ -6,18 +6,50 @@ Shapes: query [B, T, Q], keys [B, S, K], values [B, S, D], weights [B, T, S], co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def additive_scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
-    """sum_a v[a] * tanh(query[t, a] + keys[s, a])."""
-    return (query.unsqueeze(2) + keys.unsqueeze(1)).tanh() @ v
+from seqattn_kernels.reference.normalizers import normalize
 
 
-def dot_scores(query: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
-    return query @ keys.transpose(1, 2) * scale
+def additive_scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+) -> Tensor:
+    """sum_a v[a] * tanh(query[t, a] + keys[s, a] + (features[.., s] @ feature_weight)[a]).
+
+    v [A], ones where None, or [H, A]: batch element b has row b % H. features [B, S, F] or [B, T, S, F] with
+    feature_weight [F, A].
+    """
+    inner = query.unsqueeze(2) + keys.unsqueeze(1)
+    if features is not None and feature_weight is not None:
+        term = features @ feature_weight
+        inner = inner + (term.unsqueeze(1) if term.dim() == 3 else term)
+    if v is None:
+        return inner.tanh().sum(-1)
+    if v.dim() == 2:
+        return (inner.tanh() @ v.repeat(query.shape[0] // v.shape[0], 1)[:, None, :, None]).squeeze(-1)
+    return inner.tanh() @ v
+
+
+def dot_scores(query: Tensor, keys: Tensor, scale: Tensor | float | None = 1.0) -> Tensor:
+    scores = query @ keys.transpose(1, 2)
+    return scores if scale is None else scores * scale
+
+
+# The scores that fused kernels exist for, and those a user registers: (query, keys, v) -> scores.
+SCORES: dict[str, Callable[..., Tensor]] = {"additive": additive_scores, "dot": dot_scores}
+
+
+def cosine_scores(query: Tensor, keys: Tensor, eps: float = 1e-8) -> Tensor:
+    """The cosine of the angle between query and key; 0 where one is shorter than eps."""
+    return dot_scores(F.normalize(query, dim=-1, eps=eps), F.normalize(keys, dim=-1, eps=eps))
 
 
 def general_scores(query: Tensor, keys: Tensor, weight: Tensor) -> Tensor:
@@ -29,6 +61,13 @@ def concat_scores(query: Tensor, keys: Tensor, weight: Tensor, v: Tensor, bias: 
     shape = query.shape[0], query.shape[1], keys.shape[1]
     pairs = torch.cat([query.unsqueeze(2).expand(*shape, -1), keys.unsqueeze(1).expand(*shape, -1)], -1)
     return F.linear(pairs, weight, bias).tanh() @ v
+
+
+def location_features(history: Tensor, weight: Tensor) -> Tensor:
+    """Features [.., S, F] of a history [.., C, S] of weights: a convolution over the keys, weight [F, C, W], W odd."""
+    flat = history.reshape(-1, *history.shape[-2:])
+    features = F.conv1d(flat, weight, padding=weight.shape[-1] // 2).transpose(1, 2)
+    return features.reshape(*history.shape[:-2], *features.shape[1:])
 
 
 def attended(keys: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -47,9 +86,7 @@ def masked_softmax(scores: Tensor, attend: Tensor | None, mask: Tensor | None = 
     """Softmax over the attended keys, 0 elsewhere; all 0 where there are none. A floating mask is added."""
     if mask is not None and mask.is_floating_point():
         scores = scores + (mask.unsqueeze(1) if mask.dim() == 2 else mask)
-    if attend is None:
-        return scores.softmax(-1)
-    return scores.masked_fill(~attend, -torch.inf).softmax(-1).masked_fill(~attend, 0)
+    return normalize("softmax", scores, mask=attend)
 
 
 def without_unattended(t: Tensor, attend: Tensor | None) -> Tensor:
@@ -58,7 +95,12 @@ def without_unattended(t: Tensor, attend: Tensor | None) -> Tensor:
 
 
 def additive_attention(
-    query: Tensor, keys: Tensor, values: Tensor, v: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Context [B, T, D] and weights [B, T, S] of additive attention (Bahdanau et al., 2014)."""
     attend = attended(keys, lengths, mask)
@@ -68,16 +110,29 @@ def additive_attention(
 
 
 def feature_attention(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, attend: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attend: Tensor | None = None,
+    reduce: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weights [B, S, D], a softmax over time of tanh(linear(input)) for each feature, and weights * input.
 
-    attend: [B, S, 1] or None. weight [D, D].
+    attend: [B, S, 1] or None. weight [D, D]. reduce: the sum over time instead, [B, D].
     """
+    clean = input if attend is None else input.masked_fill(~attend, 0)
+    return feature_weighted(F.linear(clean, weight, bias), clean, attend, reduce)
+
+
+def feature_weighted(
+    inner: Tensor, input: Tensor, attend: Tensor | None = None, reduce: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`feature_attention` from ``inner = linear(input)`` on."""
+    scores = inner.tanh()
     if attend is None:
-        weights = F.linear(input, weight, bias).tanh().softmax(1)
-        return weights * input, weights
-    clean = input.masked_fill(~attend, 0)
-    scores = F.linear(clean, weight, bias).tanh()
-    weights = scores.masked_fill(~attend, -torch.inf).softmax(1).masked_fill(~attend, 0)
-    return weights * clean, weights
+        weights = scores.softmax(1)
+    else:
+        input = input.masked_fill(~attend, 0)
+        weights = scores.masked_fill(~attend, -torch.inf).softmax(1).masked_fill(~attend, 0)
+    result = weights * input
+    return result.sum(1) if reduce else result, weights

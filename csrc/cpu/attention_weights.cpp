@@ -1,0 +1,118 @@
+// Weights from scores on the CPU: checks, work sharing, registration. The arithmetic is in
+// attention_weights_kernels.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "attention_problem.h"
+#include "attention_weights_kernels.h"
+
+namespace seqattn {
+namespace {
+
+// Elements a thread should have before another is called in.
+constexpr int64_t kWeightsPerThread = 1 << 14;
+
+template <class T>
+const WeightKernels<T>& weight_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return SEQATTN_KERNELS(weight_kernels_f32);
+  } else {
+    return SEQATTN_KERNELS(weight_kernels_f64);
+  }
+}
+
+int normalizer_of(const std::string& kind) {
+  for (int i = 0; i < kNormalizerCount; ++i) {
+    if (kind == kNormalizers[i]) return i;
+  }
+  fail("kind: expected softmax, sparsemax, entmax15 or sigmoid, got ", kind);
+}
+
+template <class T>
+WeightArgs<T> args_of(const Tensor& t, const Masks<T>& masks) {
+  WeightArgs<T> args{};
+  args.B = t.size(0);
+  args.T_ = t.size(1);
+  args.S = t.size(2);
+  args.lengths = masks.lengths;
+  args.mask_bool = masks.mask_bool;
+  args.mask_add = masks.mask_add;
+  args.mask_b = masks.mask_b;
+  args.mask_t = masks.mask_t;
+  return args;
+}
+
+template <class T, class F>
+void for_rows(const WeightArgs<T>& args, F kernel) {
+  const int64_t rows = args.B * args.T_, useful = rows * args.S / kWeightsPerThread + 1;
+  const int threads = int(std::min<int64_t>(useful, torch::stable::get_num_threads()));
+  Queue queue(rows, threads);
+  run_gang(threads, [&](Gang&) { queue.drain([&](int64_t begin, int64_t end) { kernel(args, begin, end); }); });
+}
+
+void check_rows(const char* name, const Tensor& t) {
+  if (t.dim() != 3) fail(name, ": expected [B, T, S], got ", shape_of(t));
+}
+
+template <class T>
+Tensor fwd(int normalizer, const Tensor& scores_, const MaybeTensor& lengths, const MaybeTensor& mask, double scale,
+           double temperature, double fill, bool zero_empty) {
+  const Tensor scores = dense(scores_);
+  check_tensor("scores", scores, kScalarType<T>, {-1, -1, -1});
+  const Masks<T> masks(scores.size(0), scores.size(1), scores.size(2), lengths, mask);
+  Tensor weights = torch::stable::new_empty(scores, {scores.size(0), scores.size(1), scores.size(2)});
+  WeightArgs<T> args = args_of(scores, masks);
+  args.scores = data_of<T>(scores);
+  args.weights = data_of<T>(weights);
+  args.scale = T(scale);
+  args.inverse_temperature = T(1 / temperature);
+  args.fill = T(fill);
+  args.zero_empty = zero_empty;
+  if (weights.numel()) for_rows(args, weight_kernels<T>().forward[normalizer]);
+  return weights;
+}
+
+template <class T>
+Tensor bwd(int normalizer, const Tensor& d_weights_, const Tensor& weights_, const MaybeTensor& lengths,
+           const MaybeTensor& mask, double factor) {
+  const Tensor weights = dense(weights_), d_weights = dense(d_weights_);
+  check_tensor("weights", weights, kScalarType<T>, {-1, -1, -1});
+  const std::vector<int64_t> shape{weights.size(0), weights.size(1), weights.size(2)};
+  check_tensor("d_weights", d_weights, kScalarType<T>, shape);
+  const Masks<T> masks(shape[0], shape[1], shape[2], lengths, mask);
+  Tensor d_scores = torch::stable::new_empty(weights, shape);
+  WeightArgs<T> args = args_of(weights, masks);
+  args.weights = data_of<T>(weights);
+  args.d_weights = data_of<T>(d_weights);
+  args.d_scores = data_of<T>(d_scores);
+  args.factor = T(factor);
+  if (d_scores.numel()) for_rows(args, weight_kernels<T>().backward[normalizer]);
+  return d_scores;
+}
+
+Tensor normalize_fwd_cpu(std::string kind, Tensor scores, MaybeTensor lengths, MaybeTensor mask, double scale,
+                         double temperature, double fill, bool zero_empty) {
+  const int normalizer = normalizer_of(kind);
+  check_rows("scores", scores);
+  return by_type(scores, [&](auto zero) {
+    return fwd<decltype(zero)>(normalizer, scores, lengths, mask, scale, temperature, fill, zero_empty);
+  });
+}
+
+Tensor normalize_bwd_cpu(std::string kind, Tensor d_weights, Tensor weights, MaybeTensor lengths, MaybeTensor mask,
+                         double factor) {
+  const int normalizer = normalizer_of(kind);
+  check_rows("weights", weights);
+  return by_type(weights,
+                 [&](auto zero) { return bwd<decltype(zero)>(normalizer, d_weights, weights, lengths, mask, factor); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqattn, CPU, m) {
+  m.impl("normalize_fwd", TORCH_BOX(&normalize_fwd_cpu));
+  m.impl("normalize_bwd", TORCH_BOX(&normalize_bwd_cpu));
+}
+
+}  // namespace seqattn

@@ -1,0 +1,75 @@
+#include <array>
+#include <atomic>
+
+#include "decoder_forward.cuh"
+#include "plan.h"
+
+namespace seqattn::gpu {
+namespace {
+
+// Clusters the current device holds at once, asked for once: a block has a multiprocessor to itself.
+template <class Shape>
+int clusters_of(const Launch& l) {
+  static std::array<std::atomic<int>, 64> known{};
+  const int device = current_device();
+  if (device >= static_cast<int>(known.size())) return resident_clusters(cluster_decoder_forward<Shape>, l);
+  int clusters = known[device];
+  if (clusters == 0) known[device] = clusters = resident_clusters(cluster_decoder_forward<Shape>, l);
+  return clusters;
+}
+
+template <class Shape>
+const char* start(const DecoderForward& args, int64_t shared_limit, Stream stream) {
+  constexpr DecoderShape kShape{Shape::kHidden, Shape::kValue};
+  static_assert(Shape::shared_bytes(100, 2) == decoder_shared_bytes(kShape, Shape::kGates, Shape::kSlots, 100, 2));
+  Launch l{.block = Shape::kThreads, .cluster = Shape::kCluster};
+  const auto shape = [&](int columns) {
+    l.grid = static_cast<int>((args.batch + columns - 1) / columns) * Shape::kCluster;
+    l.shared_bytes = static_cast<size_t>(Shape::shared_bytes(args.source, Shape::kCluster / columns));
+  };
+  // As few columns a cluster as let all clusters run at once: each then has more blocks for its attention.
+  shape(Shape::kColumns);
+  if (static_cast<int64_t>(l.shared_bytes) > shared_limit) return "S: expected fewer source steps";
+  const int resident = clusters_of<Shape>(l);
+  if (resident == 0) return "no cluster of 16 blocks fits this device";
+  int columns = Shape::kColumns;
+  for (int fewer = 1; fewer < Shape::kColumns; fewer *= 2) {
+    if ((args.batch + fewer - 1) / fewer <= resident &&
+        Shape::shared_bytes(args.source, Shape::kCluster / fewer) <= shared_limit) {
+      columns = fewer;
+      break;
+    }
+  }
+  shape(columns);
+  launch(cluster_decoder_forward<Shape>, l, stream, args, columns);
+  return nullptr;
+}
+
+template <class Cell, class T>
+const char* with_size(const DecoderForward& args, int64_t shared_limit, Stream stream) {
+  if (args.hidden <= kSmallDecoder.hidden && args.attention <= kSmallDecoder.hidden) {
+    return start<ClusterDecoder<Cell, T, 2, 4, 8>>(args, shared_limit, stream);
+  }
+  return start<ClusterDecoder<Cell, T, 4, 4, 4>>(args, shared_limit, stream);
+}
+
+template <class Cell>
+const char* with_type(const DecoderForward& args, int64_t shared_limit, Stream stream) {
+  return args.dtype == DType::kBFloat16 ? with_size<Cell, bfloat16>(args, shared_limit, stream)
+                                        : with_size<Cell, half>(args, shared_limit, stream);
+}
+
+}  // namespace
+
+const char* decoder_forward(const DecoderForward& args, int64_t shared_limit, void* stream) {
+  if (args.batch == 0) return nullptr;
+  const Stream on = static_cast<Stream>(stream);
+  int number = 0;
+#define SEQATTN_TRY(Cell) \
+  if (args.cell == number++) return with_type<Cell>(args, shared_limit, on);
+  SEQATTN_FOR_EACH_CELL(SEQATTN_TRY)
+#undef SEQATTN_TRY
+  return "cell: expected a number of the registry";
+}
+
+}  // namespace seqattn::gpu

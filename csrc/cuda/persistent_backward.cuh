@@ -1,0 +1,444 @@
+// The whole backward loop of a recurrent layer in one kernel, with W_hh transposed resident in a team of blocks: a
+// cluster, or a part of a grid, where parts travel through global memory.
+//
+// A block owns the units it owns in forward (persistent.cuh). It turns the gradient of their h into gradients of their
+// gates, and multiplies these with its rows of W_hh: a part of the gradient of every unit's previous h, which it sends
+// to the blocks that own those units; the sum of all blocks' parts is taken by the owner. So a step exchanges 4 bytes
+// for each unit, column and block, where gathering the gates' gradients would take kGates times the bytes of h.
+//
+// A step: wait for the parts; add them up, one unit and column a lane; the cell; gate gradients to shared memory as
+// pieces; a block barrier; multiply; send; then write the gate gradients and fetch the next step's values while the
+// parts travel. Parts, their barrier and the pieces are double buffered: who has sent a step's parts has read those
+// before, and who has passed the block barrier has read the pieces before. Tiles of columns take turns, each with
+// buffers and barriers of its own, so that one's parts travel while another's are computed.
+#pragma once
+
+#include "persistent.cuh"
+
+namespace seqattn::gpu {
+
+template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
+struct PersistentBackward {
+  using Cell = Cell_;
+  using T = T_;
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr bool kGrid = kGrid_;
+  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
+  static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
+  static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
+  static constexpr int kPairs = kShape.backward_pairs(), kHeld = kShape.backward_held();
+  static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
+  static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
+
+  // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; values
+  // [2][tile][warp][piece][2 columns]; weights.
+  static constexpr int kBarriers = 0;
+  static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
+  static constexpr int kSharedBytes = kShape.backward_shared_bytes();
+  static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
+  static constexpr int kValues = kWeights - 2 * kShape.value_bytes(), kValuePieces = kShape.value_pieces();
+  static constexpr int kGatePiecesSize = kShape.gate_bytes(), kGatePieces = kValues - 2 * kGatePiecesSize;
+  static_assert(kGatePieces >= kParts + (kGrid ? 0 : 2 * kPartsSize));
+  // Global memory of a team: parts [2][tile][block][from block][group].
+  static constexpr int kTileFloats = kPartsSize / 4 / kColumnTiles;
+  static constexpr int kExchangeWords = 2 * kColumnTiles * kBlocks * kTileFloats / 4;
+
+  // Where a slot's gradients stand among the pieces: those that meet W_hh first.
+  static constexpr int plane(int slot) { return slot >= kSlots - kGates ? slot - (kSlots - kGates) : kGates + slot; }
+  static constexpr int slot(int plane) { return plane < kGates ? plane + (kSlots - kGates) : plane - kGates; }
+  // Accumulators are as many independent chains.
+  static constexpr int kChains = kRowTiles == 1 ? 2 : 1;
+};
+
+// kPiece values down a column, `row` apart; zeros past `units`.
+template <class T>
+SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
+  constexpr int kPiece = Operand<T>::kPiece;
+  float values[kPiece];
+  SEQATTN_UNROLL
+  for (int i = 0; i < kPiece; ++i) values[i] = i < units ? to_float(from[i * row]) : 0.f;
+  Words4 words;
+  SEQATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = float_bits(values[i]);
+    } else {
+      words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return words;
+}
+
+// What a lane keeps of its unit and its column of a tile from step to step.
+struct BackwardLane {
+  bool present, live;  // a sequence is there; and the unit exists
+  int sequence, length;
+  float dh, dc, c_new;
+};
+
+template <class Shape>
+SEQATTN_KERNEL(Shape::kThreads, 1)
+persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PARAM Layout layout) {
+  using Cell = typename Shape::Cell;
+  using T = typename Shape::T;
+  using Op = Operand<T>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  constexpr int kTiles = Shape::kColumnTiles, kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece;
+  constexpr int kPairs = Shape::kPairs, kHeld = Shape::kHeld, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
+  constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
+  constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell), kBytes = sizeof(T);
+  constexpr bool kGrid = Shape::kGrid;
+
+  const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
+  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
+  const int steps = static_cast<int>(args.rows.steps);
+  const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
+  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
+  // Time runs against forward's.
+  const int back = direction == 1 ? 1 : -1, start = direction == 1 ? 0 : steps - 1;
+
+  const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
+  const Shared<Barrier> barriers = shared_cast<Barrier>(shared + Shape::kBarriers);
+  const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
+  const Shared<unsigned char> pieces = shared + Shape::kGatePieces;
+  const Shared<Words4> weights = shared_cast<Words4>(shared + Shape::kWeights);
+  constexpr int kPartsFloats = Shape::kPartsSize / 4, kTileFloats = Shape::kTileFloats;
+  const int meeting = (direction * (grid_size() / kBlocks) + team) * kTiles;  // of the counters
+  float* exchange =
+      reinterpret_cast<float*>(layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords);
+  constexpr int kTileBytes = Shape::kGatePiecesSize / kTiles;
+
+  // Sequences of a tile, and the bytes of parts that come for them: columns travel in pairs.
+  const auto present_of = [&](int tile) {
+    const int rest = batch - (first + tile * columns);
+    return rest < columns ? rest : columns;
+  };
+  const auto expected = [&](int tile) { return kBlocks * kGroups * 128 * ((present_of(tile) + 1) / 2); };
+
+  // W_hh transposed: rows m of kRowTiles tiles, columns the gates of this block's units.
+  uint32_t held[kHeld ? kHeld : 1][kRowTiles][2][4];
+  const T* w_hh = static_cast<const T*>(args.w_hh[direction]);
+  hold_weights<kPairs, kHeld, kRowTiles>(
+      held, weights, shared_cast<Words4>(shared + Shape::kParts), [&](int p, int tile) {
+        const int piece = p * 4 + q, gate = piece / kPlane;
+        const int m = (warp * kRowTiles + tile) * kGroupUnits + g;
+        const int unit = rank * Shape::kUnits + piece % kPlane * kPiece, units = gate < kGates ? hidden - unit : 0;
+        const T* w = w_hh + (Cell::h_gate(kSlots - kGates + gate) * hidden + unit) * static_cast<int64_t>(hidden) + m;
+        return weight_pair<T>(load_piece_transposed(w, m < hidden ? units : 0, hidden),
+                              load_piece_transposed(w + 8, m + 8 < hidden ? units : 0, hidden));
+      });
+  for (int i = thread_index(); i < 2 * Shape::kGatePiecesSize / 16; i += Shape::kThreads) {
+    store(shared_cast<Words4>(pieces) + i, Words4{});
+  }
+
+  // Barrier of an iteration's parts: 2 * tile + its parity.
+  if (!kGrid && thread_index() == 0) {
+    for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
+    barrier_fence_init();
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if (steps > i % 2 && present_of(i / 2) > 0) barrier_arrive_expect(barriers + i, expected(i / 2));
+    }
+  }
+  if constexpr (kGrid) {
+    block_sync();
+  } else {
+    cluster_sync();
+  }
+
+  // This lane's unit and column: those of float 32 * split + lane of a part.
+  const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
+  const int unit = rank * Shape::kUnits + local_unit;
+  const int column = 2 * split + lane % 2;
+  const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
+  const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
+  const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
+  const int direction_row = direction * static_cast<int>(args.rows.rows);
+  const int64_t* offsets = args.rows.offsets;
+
+  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
+  // Step t of a sequence, in rows of the internal arrays and of the caller's.
+  const auto row_of = [&](int t, int sequence) {
+    return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
+  };
+  const auto out_row_of = [&](int t, int sequence) {
+    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
+  };
+
+  // Pieces of values this lane fetches, for its own column. Step t of tile i is `step` * t (or offsets[t]) and
+  // `tile` * i bytes from `from`; `traits` has 1 for a piece of the step before (in forward's time), 2 for an aligned
+  // one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
+  constexpr TeamShape kTeam = Shape::kShape;
+  constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
+  struct Piece {
+    const unsigned char* from;
+    int step, tile, traits;
+  } fetched[kFetches];
+  SEQATTN_UNROLL
+  for (int i = 0; i < kFetches; ++i) {
+    constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
+    const int k = lane / 2 + 16 * i, group_unit = rank * Shape::kUnits + group * kGroupUnits;
+    const bool is_h = k >= kH && k < kC, is_c = k >= kC && k < kD, is_d = k >= kD;
+    const void* base = is_h ? args.h_prev : is_c ? args.cells : is_d ? args.d_output : args.saved;
+    const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;
+    const int at = (k - (is_h ? kH : is_c ? kC : is_d ? kD : 0)) * 16;
+    const int row_bytes = is_d ? ld_output : hidden * unit_bytes;
+    const int sequence_rows = is_d && offsets == nullptr ? out_batch : 1;
+    const int step_rows = offsets != nullptr ? 1 : is_d ? out_step : batch;
+    const int left = (hidden - group_unit) * unit_bytes - at;
+    const int64_t begin = is_d ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
+    Piece& own = fetched[i];
+    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + at +
+               static_cast<int64_t>(first + column) * sequence_rows * row_bytes;
+    own.step = step_rows * row_bytes;
+    own.tile = columns * sequence_rows * row_bytes;
+    const bool aligned = own.step % 16 == 0 && own.tile % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+    own.traits = (is_c ? 1 : 0) + (aligned ? 2 : 0) + 4 * (1 + (left < 0 ? 0 : left < 16 ? left : 16));
+    if (k >= kValuePieces || base == nullptr) own.traits = 0;
+  }
+  BackwardLane lanes[kTiles];
+  constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
+  const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);
+  const auto fetch = [&](int turn, int t) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < kFetches; ++i) {
+      const Piece& own = fetched[i];
+      const int its_t = own.traits & 1 ? t + back : t, tile = turn % kTiles;
+      if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
+        const int64_t step = offsets != nullptr ? static_cast<int>(offsets[its_t]) : its_t;
+        copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
+                         own.from + step * own.step + tile * own.tile, own.traits / 4 - 1, own.traits & 2);
+      }
+    }
+    cp_async_commit();
+  };
+  // This lane's value of `bytes` in the pieces from `first` on: of 16 units for each of two columns.
+  const auto value_at = [&](int turn, int first, int bytes) {
+    const int offset = (local_unit - group * kGroupUnits) * bytes;
+    return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
+  };
+  // A state of [directions][batch][hidden], or zero.
+  const auto initial = [&](const void* p, const BackwardLane& own) {
+    if (p == nullptr || !own.live) return 0.f;
+    return to_float(static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit]);
+  };
+  SEQATTN_UNROLL
+  for (int tile = 0; tile < kTiles; ++tile) {
+    BackwardLane& own = lanes[tile];
+    own.present = column < present_of(tile);
+    own.live = own.present && unit < hidden;
+    own.sequence = first + tile * columns + column;
+    own.length = 0;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    own.length = own.length < steps ? own.length : steps;
+    if (own.length < 0) own.length = 0;
+    own.dh = initial(args.d_hn, own);
+    own.dc = Cell::kHasCell ? initial(args.d_cn, own) : 0.f;
+    own.c_new = 0;
+    if (Cell::kHasCell && own.live && runs(start, own.length)) {
+      own.c_new = load(static_cast<const float*>(args.cells) +
+                       (static_cast<int64_t>(row_of(start, own.sequence) + direction_row) * hidden + unit));
+    }
+  }
+  SEQATTN_UNROLL
+  for (int turn = 0; turn < 2 * kTiles; ++turn) fetch(turn, start + turn / kTiles * back);
+
+  // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
+  constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
+  const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
+
+  // The owners of this warp's rows: kept where registers allow.
+  constexpr bool kKeepOwners = !kGrid && kGroups <= 2;
+  Remote<unsigned char> owners[kKeepOwners ? kRowTiles : 1];
+  if constexpr (kKeepOwners) {
+    SEQATTN_UNROLL
+    for (int m = 0; m < kRowTiles; ++m) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
+  }
+  const int part_place = group * 128 + split * 32 + lane;
+  const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
+
+  const auto add_parts = [&](int e, int parity, int tile) {  // of iteration e, to dh
+    if constexpr (kGrid) {
+      grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(e + 1) * kBlocks);
+    } else {
+      const Shared<Barrier> barrier = barriers + (2 * tile + parity);
+      barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
+      if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
+    }
+    if (2 * split < present_of(tile)) {
+      float sums[4] = {lanes[tile].dh, 0, 0, 0};
+      if constexpr (kGrid) {
+        const float* from =
+            exchange + (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + rank) * kTileFloats + part_place;
+        SEQATTN_UNROLL_BY(8)
+        for (int block = 0; block < kBlocks; block += 4) {
+          SEQATTN_UNROLL
+          for (int i = 0; i < 4; ++i) sums[i] += load_coherent(from + (block + i) * (kGroups * 128));
+        }
+      } else {
+        const Shared<float> from = parts + (parity * kPartsFloats + tile * kTileFloats + part_place);
+        SEQATTN_UNROLL
+        for (int block = 0; block < kBlocks; ++block) {
+          const float part = load(from + block * (kGroups * 128));
+          sums[block % 4] += part;
+        }
+      }
+      lanes[tile].dh = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+  };
+
+  for (int even = 0; even < steps; even += 2) {
+    SEQATTN_UNROLL
+    for (int turn = 0; turn < 2 * kTiles; ++turn) {
+      const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
+      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
+        cp_async_commit();  // one group for each turn
+        continue;
+      }
+      BackwardLane& own = lanes[tile];
+      if (e > 0) add_parts(e - 1, 1 - parity, tile);
+
+      cp_async_wait<2 * kTiles - 1>();
+      warp_sync();
+      const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
+      if (2 * split < present_of(tile)) {
+        float d_pre[kSlots];
+        SEQATTN_UNROLL
+        for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
+        float c_before = 0;
+        if (Cell::kHasCell && runs(t + back, own.length)) {
+          c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
+        } else if (Cell::kHasCell && own.live && args.c0 != nullptr) {
+          c_before = initial(args.c0, own);
+        }
+        if (runs(t, own.length)) {
+          float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
+          const Vec<T, kKept> kept_values = load(shared_cast<Vec<T, kKept>>(value_at(turn, 0, kKept * kBytes)));
+          SEQATTN_UNROLL
+          for (int i = 0; i < kKept && i < Cell::kSaved; ++i) saved[i] = to_float(kept_values[i]);
+          if constexpr (kTeam.h_pieces() > 0) {
+            h_before = to_float(load(shared_cast<T>(value_at(turn, kTeam.kept_pieces(), kBytes))));
+          }
+          if constexpr (Cell::kHasCell) saved[kKept] = own.c_new;
+          float dh_new = own.dh, dc_new = own.dc;
+          if (has_d_output) {
+            dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
+          }
+          if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
+            const int out = out_row_of(t, own.sequence);
+            dc_new += to_float(
+                load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
+          }
+          Cell::template backward<typename Op::Math>(saved, h_before, c_before, to_float(kept_values[0]), dh_new,
+                                                     dc_new, d_pre, &dh_before, &dc_before);
+          own.dh = dh_before;
+          if constexpr (Cell::kHasCell) own.dc = dc_before;
+        }
+        own.c_new = c_before;
+        SEQATTN_UNROLL
+        for (int slot = 0; slot < kSlots; ++slot) {
+          const int piece = Shape::plane(slot) * kPlane + local_unit / kPiece;
+          store(shared_cast<T>(now + piece_place(piece, column) * 16) + local_unit % kPiece,
+                from_float<T>(d_pre[slot]));
+        }
+      }
+      block_sync();
+
+      float sum[kChains][kRowTiles][4];
+      SEQATTN_UNROLL
+      for (int chain = 0; chain < kChains; ++chain) {
+        SEQATTN_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          SEQATTN_UNROLL
+          for (int r = 0; r < 4; ++r) sum[chain][m][r] = 0;
+        }
+      }
+      const Shared<Words4> operand = shared_cast<Words4>(now) + operand_place;
+      SEQATTN_UNROLL
+      for (int p = 0; p < kPairs; ++p) {
+        Words4 b = load(operand + p * 32);
+        SEQATTN_UNROLL
+        for (int w = 0; w < 4; ++w) b[w] = Op::weight_bits(b[w]);
+        SEQATTN_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t half[2] = {b[2 * i], b[2 * i + 1]};
+          SEQATTN_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) {
+            uint32_t a[4];
+            if (p < kHeld) {
+              SEQATTN_UNROLL
+              for (int r = 0; r < 4; ++r) a[r] = held[p < kHeld ? p : 0][m][i][r];
+            } else {
+              const Words4 words =
+                  load(weights + (((warp * (kPairs - kHeld) + p - kHeld) * kRowTiles + m) * 2 + i) * 32 + lane);
+              SEQATTN_UNROLL
+              for (int r = 0; r < 4; ++r) a[r] = words[r];
+            }
+            Op::multiply(sum[i % kChains][m], a, half);
+          }
+        }
+      }
+      if (2 * q < present_of(tile)) {
+        SEQATTN_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          Vec<float, 4> part;
+          SEQATTN_UNROLL
+          for (int r = 0; r < 4; ++r) part[r] = sum[0][m][r] + (kChains == 2 ? sum[kChains - 1][m][r] : 0.f);
+          const int row_tile = warp * kRowTiles + m, place = (rank * kGroups + row_tile % kGroups) * 32 + q * 8 + g;
+          if constexpr (kGrid) {
+            const int64_t owner = (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + row_tile / kGroups);
+            store_coherent(reinterpret_cast<Vec<float, 4>*>(exchange + owner * kTileFloats) + place, part);
+          } else {
+            const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
+            const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
+            Remote<unsigned char> owner;
+            if constexpr (kKeepOwners) {
+              owner = owners[m];
+            } else {
+              owner = map_shared(shared, row_tile / kGroups + keep(0));
+            }
+            store_async(remote_cast<Vec<float, 4>>(owner + to), part, remote_cast<Barrier>(owner + counted));
+          }
+        }
+      }
+      if constexpr (kGrid) grid_arrive(layout.counters + meeting + tile);
+
+      SEQATTN_UNROLL
+      for (int i = 0; i < kWrites; ++i) {
+        const int index = thread_index() + i * Shape::kThreads;
+        const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
+        const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
+        if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
+          const int to_row = row_of(t, b);
+          T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, kSlots * hidden * kBytes) +
+                  (Shape::slot(piece / kPlane) * hidden + from_unit);
+          const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
+          if (vectors) {
+            store(reinterpret_cast<Words4*>(to), load(shared_cast<Words4>(from)));
+          } else {
+            SEQATTN_UNROLL
+            for (int k = 0; k < kPiece; ++k) {
+              if (from_unit + k < hidden) store(to + k, load(shared_cast<T>(from) + k));
+            }
+          }
+        }
+      }
+      fetch(turn, t + 2 * back);
+    }
+  }
+
+  SEQATTN_UNROLL
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (tile > 0 && present_of(tile) <= 0) continue;
+    if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
+    const BackwardLane& own = lanes[tile];
+    if (own.live) {
+      const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+      if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);
+      if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
+    }
+  }
+  if constexpr (!kGrid) cluster_sync();
+}
+
+}  // namespace seqattn::gpu

@@ -1,0 +1,3 @@
+#include "persistent_launch.cuh"
+
+template struct seqattn::gpu::PersistentKernels<seqattn::Lstm, seqattn::gpu::half>;

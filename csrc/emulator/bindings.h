@@ -1,0 +1,6 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// The kernels of recurrent layers, as the launcher calls them.
+void bind_recurrence(pybind11::module_& m);

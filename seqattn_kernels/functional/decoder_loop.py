@@ -1,0 +1,265 @@
+"""A decoder's parts, memory and state, and its loop of steps composed of cells and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqattn_kernels.functional.attention import PreparedKeys, additive_attention
+from seqattn_kernels.functional.cells import gru_cell, lstm_cell, rnn_cell
+from seqattn_kernels.functional.products import dot_attention
+from seqattn_kernels.reference.decoder import Spec
+
+
+@dataclass(frozen=True)
+class DecoderMemory:
+    """What a decoder attends to: keys, values [B, S, D], lengths [B], mask [B, S]."""
+
+    keys: Tensor | PreparedKeys
+    values: Tensor
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+    def select(self, index: Tensor) -> DecoderMemory:
+        """The memory of the rows `index` [N]."""
+        keys = self.keys.select(index) if isinstance(self.keys, PreparedKeys) else self.keys.index_select(0, index)
+        lengths = None if self.lengths is None else self.lengths.index_select(0, index.to(self.lengths.device))
+        mask = None if self.mask is None else self.mask.index_select(0, index)
+        return DecoderMemory(keys, self.values.index_select(0, index), lengths, mask)
+
+    def plain_keys(self) -> Tensor:
+        return self.keys.keys if isinstance(self.keys, PreparedKeys) else self.keys
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """A decoder between two steps.
+
+    h [L, B, H], c [L, B, H] of an LSTM, context [B, D], attentional vector [B, M]; weights [B, S] of the last step,
+    where it was one alone; what a score that remembers keeps, [B, ..]; the memory; and, where decoding began without
+    gradients, the decoder of that moment, its weights as the native kernels read them, and the row of the memory
+    that each row attends to (None: its own), so that the memory itself is never copied.
+    """
+
+    h: Tensor
+    c: Tensor | None
+    context: Tensor
+    attentional: Tensor | None
+    memory: DecoderMemory
+    weights: Tensor | None = None
+    history: Any = None
+    packed: Tensor | None = None
+    decoder: Decoder | None = None
+    owners: Tensor | None = None
+
+    def select(self, index: Tensor) -> DecoderState:
+        """The state of the rows `index` [N] int64, in that order."""
+
+        def rows(t: Tensor | None, dim: int = 0) -> Any:
+            return None if t is None else t.index_select(dim, index)
+
+        return DecoderState(
+            rows(self.h, 1),
+            rows(self.c, 1),
+            rows(self.context),
+            rows(self.attentional),
+            self.memory if self.packed is not None else self.memory.select(index),
+            rows(self.weights),
+            _map(rows, self.history),
+            self.packed,
+            self.decoder,
+            None if self.packed is None else index if self.owners is None else self.owners.index_select(0, index),
+        )
+
+    def own_memory(self) -> DecoderState:
+        """The same with a row of memory for each row."""
+        if self.owners is None:
+            return self
+        return replace(self, memory=self.memory.select(self.owners), owners=None)
+
+    def detach(self) -> DecoderState:
+        """The same without a past, for truncated backpropagation through time."""
+
+        def cut(t: Tensor | None) -> Any:
+            return None if t is None else t.detach()
+
+        return replace(
+            self,
+            h=self.h.detach(),
+            c=cut(self.c),
+            context=self.context.detach(),
+            attentional=cut(self.attentional),
+            weights=cut(self.weights),
+            history=_map(cut, self.history),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.h.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.h.device
+
+
+def _map(f: Callable[[Tensor | None], Any], history: Any) -> Any:
+    return tuple(f(t) for t in history) if isinstance(history, tuple) else f(history)
+
+
+# query [B, H], state -> context [B, D], weights [B, S], and what the score remembers from now on
+Attend = Callable[[Tensor, DecoderState], tuple[Tensor, Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder's spec and tensors; dropouts are 0 but in training. attend: scores the spec has no name for."""
+
+    spec: Spec
+    weights: Sequence[Tensor]
+    w_query: Tensor | None = None
+    b_query: Tensor | None = None
+    v: Tensor | None = None
+    w_output: Tensor | None = None
+    b_output: Tensor | None = None
+    dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    output_dropout: float = 0.0
+    zoneout: float = 0.0
+    training: bool = False
+    attend: Attend | None = None
+
+    @property
+    def layers(self) -> list[Sequence[Tensor]]:
+        each = 4 if self.spec.has_bias else 2
+        return [self.weights[i : i + each] for i in range(0, len(self.weights), each)]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[1].shape[1]
+
+    def look(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, Any]:
+        """One look at the memory: query [B, H] -> context [B, D], weights [B, S], what the score remembers."""
+        if self.attend is not None:
+            return self.attend(query, state)
+        memory = state.memory
+        if self.w_query is not None:
+            query = F.linear(query, self.w_query, self.b_query)
+        masks: Any = {"lengths": memory.lengths, "mask": memory.mask}
+        if self.v is not None:
+            return *additive_attention(query, memory.keys, self.v, memory.values, **masks), None
+        return *dot_attention(query, memory.plain_keys(), memory.values, scale=self.spec.scale, **masks), None
+
+    def update(self, layer: Sequence[Tensor], x: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any]:
+        """One cell: x [B, I] -> h, c."""
+        if self.spec.cell == "lstm":
+            return lstm_cell(x, (h, c), *layer)
+        if self.spec.cell == "gru":
+            return gru_cell(x, h, *layer), None
+        return rnn_cell(x, h, *layer, nonlinearity=self.spec.cell.removeprefix("rnn_")), None
+
+    def keep(self, new: Tensor, old: Tensor) -> Tensor:
+        """Zoneout: some units stay what they were."""
+        if not self.zoneout:
+            return new
+        if not self.training:
+            return torch.lerp(new, old, self.zoneout)
+        return torch.where(torch.rand_like(new) < self.zoneout, old, new)
+
+
+Feed = Callable[[Tensor], Tensor]  # outputs of a step [B, M or H] -> inputs of the next [B, I]
+
+
+def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+    """One step from cells and attention: input [B, I] -> output [B, M or H], the state after it."""
+    spec = decoder.spec
+    h = list(state.h.unbind(0))
+    c: list[Any] = [None] * len(h) if state.c is None else list(state.c.unbind(0))
+    context, weights, attentional, history = state.context, state.weights, state.attentional, state.history
+    if spec.order == "bahdanau":
+        context, weights, history = decoder.look(h[-1], state)
+    parts: dict[int, Any] = {
+        spec.input_at: input,
+        spec.context_at: context,
+        spec.attentional_at: attentional,
+    }
+    parts.pop(-1, None)
+    below = input if len(parts) == 1 else torch.cat([parts[at] for at in sorted(parts)], 1)
+    for n, layer in enumerate(decoder.layers):
+        h_new, c_new = decoder.update(layer, below, h[n], c[n])
+        h_new = decoder.keep(h_new, h[n])
+        if c_new is not None:
+            c_new = decoder.keep(c_new, c[n])
+        if decoder.hidden_dropout:
+            h_new = F.dropout(h_new, decoder.hidden_dropout)
+        h[n], c[n] = h_new, c_new
+        below = h_new
+        if decoder.dropout and n + 1 < len(h):
+            below = F.dropout(below, decoder.dropout)
+    if spec.order == "luong":
+        context, weights, history = decoder.look(h[-1], state)
+    output = h[-1]
+    if decoder.w_output is not None:
+        pair = [context, output] if spec.output_context_at == 0 else [output, context]
+        output = F.linear(torch.cat(pair, 1), decoder.w_output, decoder.b_output)
+        if spec.activation == "tanh":
+            output = output.tanh()
+        if decoder.output_dropout:
+            output = F.dropout(output, decoder.output_dropout)
+        attentional = output
+    one = len(h) == 1
+    new = DecoderState(
+        h[0].unsqueeze(0) if one else torch.stack(h),
+        None if state.c is None else c[0].unsqueeze(0) if one else torch.stack(c),
+        context,
+        attentional,
+        state.memory,
+        weights,
+        history,
+        state.packed,
+        state.decoder,
+    )
+    return output, new
+
+
+def run_steps(
+    decoder: Decoder,
+    input: Tensor,
+    state: DecoderState,
+    *,
+    feed: Feed | None = None,
+    teacher: Tensor | None = None,
+) -> tuple[Tensor, DecoderState, Tensor, Tensor]:
+    """All steps of input [B, T, I]: outputs [B, T, M or H], the last state, weights [B, T, S], contexts [B, T, D].
+
+    teacher: boolean [T] or [B, T]; where it is False, and from the second step on, `feed` makes the input of the
+    output of the step before.
+    """
+    batch, steps = input.shape[:2]
+    outputs: list[Tensor] = []
+    weights: list[Any] = []
+    contexts: list[Tensor] = []
+    for t in range(steps):
+        x = input[:, t]
+        if t and feed is not None and teacher is not None:
+            forced = teacher[..., t]
+            x = torch.where(forced.reshape(-1, 1), x, feed(outputs[-1]).to(x.dtype))
+        output, state = step(decoder, x, state)
+        outputs.append(output)
+        weights.append(state.weights)
+        contexts.append(state.context)
+    if not steps:
+        values = state.memory.values
+        width = decoder.hidden_size if decoder.w_output is None else decoder.w_output.shape[0]
+        sizes = width, values.shape[1], values.shape[2]
+        output, found, context = (input.new_zeros(batch, 0, size) for size in sizes)
+        return output, state, found, context
+    return torch.stack(outputs, 1), state, torch.stack(weights, 1), torch.stack(contexts, 1)
+
+
+def describe(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

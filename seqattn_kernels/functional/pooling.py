@@ -1,0 +1,127 @@
+"""Attention without a query: over time for each feature, and pooling of a sequence into one vector or a few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqattn_kernels import ops, reference
+from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
+from seqattn_kernels.functional.masks import attended_keys, resolve
+from seqattn_kernels.functional.scoring import attend
+from seqattn_kernels.functional.weighting import Weighting, choose_backend, context_of, weigh, weighting_of
+from seqattn_kernels.reference.attention import attended
+
+
+def feature_attention(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_polarity: str = "attend",
+    reduce: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over time for each feature: ``weights = softmax(tanh(linear(input)), dim=1)``, result weights * input.
+
+    Args:
+        input: [B, S, D], states of an encoder.
+        weight: [D, D]; bias: [D] or None: those of the linear layer.
+        lengths: tensor [B] on any device, zeros allowed; integers or fractions of S.
+        mask: boolean [B, S], True where to attend; with ``mask_polarity="ignore"`` where not to.
+        reduce: sum over time.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
+    """
+    expect_rank("input", input, "[B, S, D]", 3)
+    expect_shape("weight", weight, "[D, D]", {"D": input.shape[2]})
+    attend = None
+    if lengths is not None or mask is not None:
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+        if isinstance(mask, Tensor):
+            expect_shape("mask", mask, "[B, S]", {"B": input.shape[0], "S": input.shape[1]})
+        lengths, mask = resolve(input.shape[0], None, input.shape[1], input.device, lengths, mask, mask_polarity)
+        attend = attended(input, lengths, mask)
+        assert attend is not None
+        attend = attend.transpose(1, 2)
+    if input.dtype in WIDE and weight.dtype == input.dtype and choose_backend(input, backend) == "cpu":
+        # Where gradients of the layer will be asked for, 0 * NaN must not get into them.
+        clean = input if attend is None or not torch.is_grad_enabled() else input.masked_fill(~attend, 0)
+        inner = F.linear(clean, weight, bias)
+        if inner.dtype == input.dtype:  # autocast may say otherwise
+            return ops.features.weighted(inner, clean, lengths, mask, reduce)
+    return reference.attention.feature_attention(input, weight, bias, attend, reduce)
+
+
+def pooling_attention(
+    input: Tensor,
+    weight: Tensor,
+    v: Tensor,
+    values: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_polarity: str = "attend",
+    weighting: Weighting | str | None = None,
+    need_weights: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Any]:
+    """Self-attentive pooling of a sequence: scores ``v . tanh(weight @ input[s] + bias)``, without a query.
+
+    With one row of v the pooling of hierarchical attention networks (Yang et al., 2016), with R rows the structured
+    self-attention of Lin et al. (2017).
+
+    Args:
+        input: [B, S, K].
+        weight: [A, K]; bias: [A] or None.
+        v: [A], or [R, A] for R poolings at once.
+        values: [B, S, D]; the input by default.
+        lengths, mask and the others: as in `additive_attention`, masks [B, S].
+
+    Returns:
+        pooled [B, D] or [B, R, D], weights [B, S] or [B, R, S].
+    """
+    expect_rank("input", input, "[B, S, K]", 3)
+    batch, source, width = input.shape
+    expect_shape("weight", weight, "[A, K]", {"K": width})
+    expect_rank("v", v, "[A] or [R, A]", 1, 2)
+    sizes = {"A": weight.shape[0], "B": batch, "S": source}
+    expect_shape("v", v, "[A]" if v.dim() == 1 else "[R, A]", sizes)
+    values = input if values is None else values
+    expect_shape("values", values, "[B, S, D]", sizes)
+    if bias is not None:
+        expect_shape("bias", bias, "[A]", sizes)
+    expect_floats(input=input, values=values, weight=weight, v=v)
+    expect_devices(input, values=values, weight=weight, v=v)
+    lengths, mask = resolve(batch, None, source, input.device, lengths, mask, mask_polarity)
+    chosen = weighting_of(weighting)
+    clean = attended_keys(input, lengths, mask)
+    if v.dim() == 1:
+        keys = F.linear(clean, weight)
+        query = keys.new_zeros(batch, 1, keys.shape[2]) if bias is None else bias.to(keys.dtype).expand(batch, 1, -1)
+        context, weights = attend(
+            "additive",
+            query,
+            keys,
+            v,
+            values,
+            lengths,
+            mask,
+            weighting=chosen,
+            need_weights=need_weights,
+            backend=backend,
+        )
+        return context.squeeze(1).to(input.dtype), None if weights is None else weights.squeeze(1).to(input.dtype)
+    inner = F.linear(clean, weight, bias)
+    scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
+    weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)
+    return context_of(weights, values, lengths, mask, chosen), weights if need_weights else None

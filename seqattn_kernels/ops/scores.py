@@ -1,0 +1,215 @@
+"""The operators of scores by themselves, and of weights from scores: fake kernels, autograd, and what Python calls.
+
+Attention that is more than softmax over plain scores (features of earlier weights, sparse weights, alignments) is made
+of these two; additive attention as such is one operator, in `seqattn_kernels.ops.attention`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqattn_kernels import native, reference
+from seqattn_kernels.ops.autograd import apply_function
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("seqattn::scores_fwd")
+    def _(kind, query, keys, v, features, feature_weight, lengths):
+        return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
+
+    @torch.library.register_fake("seqattn::scores_bwd")
+    def _(kind, d_scores, query, keys, v, features, feature_weight, lengths):
+        return tuple(
+            query.new_empty(0) if t is None else query.new_empty(t.shape)
+            for t in (query, keys, v, features, feature_weight)
+        )
+
+    @torch.library.register_fake("seqattn::normalize_fwd")
+    def _(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
+        return scores.new_empty(scores.shape)
+
+    @torch.library.register_fake("seqattn::normalize_bwd")
+    def _(kind, d_weights, weights, lengths, mask, factor):
+        return weights.new_empty(weights.shape)
+
+    @torch.library.register_fake("seqattn::context_fwd")
+    def _(weights, values):
+        return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
+
+
+if native.extension is not None:
+    _register_fakes()
+
+
+_ON_CPU: tuple[str, ...] = () if native.extension is None else tuple(native.extension.scores())
+
+
+def native_kinds(device: str) -> tuple[str, ...]:
+    """The scores that a kernel exists for on devices of this type."""
+    return _ON_CPU if device == "cpu" else tuple(reference.attention.SCORES)
+
+
+def register_kernel(name: str, triton: Any) -> None:
+    """A fused kernel on GPUs for the score of this name: a pair of Triton functions, term and gradients."""
+    importlib.import_module("seqattn_kernels.kernels.scores").register(name, triton)
+
+
+class ScoresFunction(torch.autograd.Function):
+    """Scores with gradients. Saves its inputs alone."""
+
+    @staticmethod
+    def forward(kind, query, keys, v, features, feature_weight, lengths):
+        return torch.ops.seqattn.scores_fwd.default(kind, query, keys, v, features, feature_weight, lengths)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kind, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, d_scores):
+        *tensors, lengths = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:6]
+        if torch.is_grad_enabled():
+            found = _again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, d_scores)
+        else:
+            found = torch.ops.seqattn.scores_bwd.default(ctx.kind, d_scores, *tensors, lengths)
+        return (None, *(g if need else None for g, need in zip(found, needs, strict=True)), None)
+
+
+def _reference_scores(
+    kind: str,
+    lengths: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    features: Tensor | None,
+    feature_weight: Tensor | None,
+) -> Tensor:
+    hidden, _ = reference.normalizers.hidden_by(keys.shape[1], lengths, None, keys.device)
+    if hidden is not None:
+        keys = keys.masked_fill(hidden.transpose(1, 2), 0)
+    extra = () if features is None else (features, feature_weight)
+    scores = reference.attention.SCORES[kind](query, keys, v, *extra)
+    return scores if hidden is None else scores.masked_fill(hidden, 0)
+
+
+def _again(compute: Any, inputs: list[Any], needs: Any, gradient: Tensor) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through the reference."""
+    # Views, so that a tensor which is given twice gets the gradient of each place apart.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    wanted = [i for i, need in enumerate(needs) if need]
+    found = torch.autograd.grad(
+        compute(*inputs), [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True
+    )
+    by_input = dict(zip(wanted, found, strict=True))
+    return [by_input.get(i) for i in range(len(inputs))]
+
+
+def scores(
+    kind: str,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The native operator: scores [B, T, S] of query [B, T, A] and keys [B, S, A]; 0 past `lengths` (int64 [B]).
+
+    features [B, S, F] or [B, T, S, F] and feature_weight [F, A] belong to the additive score alone.
+    """
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, keys, v, features, feature_weight)
+    ):
+        return apply_function(ScoresFunction, kind, query, keys, v, features, feature_weight, lengths)
+    return torch.ops.seqattn.scores_fwd.default(kind, query, keys, v, features, feature_weight, lengths)
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """Weights with gradients. Saves the weights; the scores only for a second derivative's sake."""
+
+    @staticmethod
+    def forward(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
+        return torch.ops.seqattn.normalize_fwd.default(
+            kind, scores, lengths, mask, scale, temperature, fill, zero_empty
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kind, scores, lengths, mask, *ctx.numbers = inputs
+        ctx.save_for_backward(scores, lengths, mask, output)
+
+    @staticmethod
+    def backward(ctx, d_weights):
+        scores, lengths, mask, weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        if torch.is_grad_enabled():
+            d_scores, d_mask = _again(
+                lambda s, m: reference.normalizers.normalize(ctx.kind, s, lengths, m, *ctx.numbers),
+                [scores, mask],
+                needs,
+                d_weights,
+            )
+        else:
+            scale, temperature = ctx.numbers[:2]
+            d_scores = d_mask = torch.ops.seqattn.normalize_bwd.default(
+                ctx.kind, d_weights, weights, lengths, mask, 1 / temperature if needs[1] else scale / temperature
+            )
+            if needs[1]:
+                d_scores = d_scores * scale
+                d_mask = (d_mask.sum(1) if mask.dim() == 2 else d_mask).sum_to_size(mask.shape)
+        return (None, d_scores if needs[0] else None, None, d_mask if needs[1] else None, None, None, None, None)
+
+
+def normalize(
+    kind: str,
+    scores: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    fill: float = -math.inf,
+    zero_empty: bool = True,
+) -> Tensor:
+    """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`."""
+    if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
+        return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
+    return torch.ops.seqattn.normalize_fwd.default(kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
+
+
+class ContextFunction(torch.autograd.Function):
+    """Weights times values, with gradients; what has no weight has no part in either."""
+
+    @staticmethod
+    def forward(weights, values):
+        return torch.ops.seqattn.context_fwd.default(weights, values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_context):
+        weights, values = ctx.saved_tensors
+        d_weights = d_values = None
+        if ctx.needs_input_grad[0]:
+            d_weights = torch.bmm(d_context, values.transpose(1, 2)).masked_fill(weights == 0, 0)
+        if ctx.needs_input_grad[1]:
+            d_values = torch.bmm(weights.transpose(1, 2), d_context)
+        return d_weights, d_values
+
+
+def context(weights: Tensor, values: Tensor) -> Tensor:
+    """The native operator on the CPU: weights [B, T, S] times values [B, S, D], both float32 or float64.
+
+    Values of keys without weight may be anything, NaN included.
+    """
+    if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
+        return apply_function(ContextFunction, weights, values)
+    return torch.ops.seqattn.context_fwd.default(weights, values)

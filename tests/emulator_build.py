@@ -1,0 +1,65 @@
+"""Builds the emulator of CUDA kernels, a module for tests alone, into build/emulator, when its sources changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def sources() -> list[Path]:
+    """The emulator, and the sources of kernels and plans as nvcc gets them; device.cu alone speaks to CUDA itself."""
+    cuda = CSRC / "cuda"
+    kernels = [p for p in sorted(cuda.glob("*.cu")) if p.name != "device.cu"]
+    return [*sorted((CSRC / "emulator").glob("*.cpp")), *sorted(cuda.glob("plan*.cpp")), *kernels]
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
+
+
+def build(sanitize: bool = False) -> Path:
+    """Path of the module, built with ninja where a source is newer than it. Raises RuntimeError with what g++ said."""
+    import pybind11
+    from ninja import ninja_syntax
+
+    work = ROOT / "build" / ("emulator-sanitized" if sanitize else "emulator")
+    work.mkdir(parents=True, exist_ok=True)
+    target = work / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = ["-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += [f"-isystem{i}" for i in includes] + (SANITIZERS if sanitize else [])
+    with (work / "build.ninja").open("w") as file:
+        n = ninja_syntax.Writer(file)
+        n.rule(
+            "compile",
+            f"{compiler()} {' '.join(flags)} -MMD -MF $out.d -x c++ -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="compile $out",
+        )
+        n.rule("link", f"{compiler()} {' '.join(SANITIZERS if sanitize else [])} -shared -o $out $in -ldl")
+        objects = [n.build(f"{s.parent.name}_{s.name}.o", "compile", str(s))[0] for s in sources()]
+        n.build(str(target), "link", objects)
+    ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    done = subprocess.run([*ninja, "-C", str(work)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"building the emulator failed:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return target
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_emulator", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
