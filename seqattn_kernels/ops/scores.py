@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function
 
 
@@ -37,26 +39,32 @@ def _register_fakes() -> None:
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
+
+def _register_fake_context() -> None:
     @torch.library.register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
+if native.extension is not None:
+    _register_fake_context()
 
 
 _ON_CPU: tuple[str, ...] = () if native.extension is None else tuple(native.extension.scores())
+_ON_GPU = ["additive", "dot"]
 
 
-def native_kinds(device: str) -> tuple[str, ...]:
+def native_kinds(device: str) -> Sequence[str]:
     """The scores that a kernel exists for on devices of this type."""
-    return _ON_CPU if device == "cpu" else tuple(reference.attention.SCORES)
+    return _ON_CPU if device == "cpu" else _ON_GPU
 
 
 def register_kernel(name: str, triton: Any) -> None:
     """A fused kernel on GPUs for the score of this name: a pair of Triton functions, term and gradients."""
     importlib.import_module("seqattn_kernels.kernels.scores").register(name, triton)
+    _ON_GPU.append(name)
 
 
 class ScoresFunction(torch.autograd.Function):
