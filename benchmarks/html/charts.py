@@ -108,13 +108,13 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], line
     parts.append(
         f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(y_label)}</text>'
     )
-    for line in lines:
+    for index, line in enumerate(lines):
         steps = [x.low + (x.high - x.low) * i / 60 for i in range(61)]
         path = " ".join("{:.1f},{:.1f}".format(*at((10**s, line.value(10**s)))) for s in steps)
         parts.append(f'<polyline class="limit" points="{path}"><title>{escape(line.name)}</title></polyline>')
-        # Above the end of it that lies lower: limits meet where they are highest.
-        left, right_end = (line.value(10**end) for end in (x.low, x.high))
-        anchor, corner = ("start", (10**x.low, left)) if left < right_end else ("end", (10**x.high, right_end))
+        # At the right and the left in turns: limits meet where they are highest.
+        anchor, end = (("end", x.high), ("start", x.low))[index % 2]
+        corner = (10**end, line.value(10**end))
         spot = at(corner)
         parts.append(
             f'<text class="limit" x="{spot[0]:.1f}" y="{spot[1] - 4:.1f}" text-anchor="{anchor}">'
