@@ -305,8 +305,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     }
   };
 
+  // Even and odd steps written out, unless registers are short.
+  constexpr int kWrittenOut = Shape::kGroups <= 2 || kTiles > 1 ? 2 * kTiles : 1;
   for (int even = 0; even < steps; even += 2) {
-    SEQATTN_UNROLL
+    SEQATTN_UNROLL_BY(kWrittenOut)
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
       if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
@@ -457,7 +459,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
     const BackwardLane& own = lanes[tile];
     if (own.live) {
-      const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+      // Computed anew, not carried through the loop.
+      const int again = keep(lane),
+                its_unit = (keep(rank) * kGroups + keep(group)) * kGroupUnits + again / 4 + 8 * (again / 2 % 2);
+      const int64_t at = (static_cast<int64_t>(keep(direction)) * batch + keep(own.sequence)) * hidden + its_unit;
       if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);
       if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
     }
