@@ -237,6 +237,14 @@ def test_parts_go_on_after_one_that_fails_or_hangs(monkeypatch, settings):
     assert text.splitlines()[-1].startswith("summary: fails FAILED, hangs FAILED, breaks FAILED, works ok")
 
 
+def test_no_part_inherits_the_binding_of_threads(monkeypatch, settings):
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    program = "import os; print(os.environ['OMP_PROC_BIND'], os.environ['EXTRA'])"
+    log = settings.folder / "a.log"
+    _, _, output = parts.execute("a", [sys.executable, "-c", program], 10.0, log, {"EXTRA": "more"})
+    assert output.split() == ["false", "more"]
+
+
 def test_time_that_a_part_leaves_over_goes_to_the_next(monkeypatch, settings):
     given = {}
 
