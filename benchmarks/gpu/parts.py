@@ -191,9 +191,9 @@ def report(settings: Settings, seconds: float, log: Path) -> Outcome:
 PARTS: dict[str, Part] = {
     "env": Part(environment, 10, 30.0, 15.0),
     "build": Part(build, 70, 150.0),
-    "tests": Part(tests, 100, 140.0),
+    "tests": Part(tests, 120, 150.0),
     "sanitize": Part(sanitize, 60, 90.0),
-    "bench": Part(bench, 280, 420.0),
+    "bench": Part(bench, 270, 420.0),
     "report": Part(report, 15, 40.0, 15.0),
 }
 
