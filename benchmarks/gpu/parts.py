@@ -39,7 +39,7 @@ class Settings:
             return self.out
         from benchmarks.environment import gpu_name
 
-        return RESULTS / (gpu_name() or "no-gpu")
+        return RESULTS / str(gpu_name())
 
 
 @dataclass
@@ -157,7 +157,7 @@ def sanitize(settings: Settings, seconds: float, log: Path) -> Outcome:
 
 
 def bench(settings: Settings, seconds: float, log: Path) -> Outcome:
-    begin, code, restarts, output = time.monotonic(), None, 0, ""
+    begin, code, restarts, fruitless, output = time.monotonic(), None, 0, 0, ""
     base = [*PYTHON, "-m", "benchmarks.gpu.bench", "--out", str(settings.folder)]
     base += ["--only", settings.cases] if settings.cases else []
     base += ["--quick"] if settings.quick else []
@@ -172,6 +172,10 @@ def bench(settings: Settings, seconds: float, log: Path) -> Outcome:
         command = [*base, "--budget", f"{budget:.0f}", *(["--resume"] if restarts else []), *suites]
         code, _, found = execute("bench", command, left, log)
         output += found
+        # A process that dies in a case leaves a note of it; one that comes to no case at all will not do so next time.
+        fruitless = 0 if "floor" in found or (settings.folder / ".running").exists() else fruitless + 1
+        if fruitless > 1:
+            break
         if code in (0, 2, None):
             break
         restarts += 1
