@@ -31,6 +31,8 @@ STOCK_CELLS: dict[str, tuple[Callable[..., nn.RNNCellBase], dict[str, Any]]] = {
 class Problem:
     """A case made concrete. Modules it hands out hold equal weights; inputs are shared by all contestants."""
 
+    compiled: nn.Module | None = None  # by torch.compile, once for all that want it
+
     def __init__(self, case: Case, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.case = case
