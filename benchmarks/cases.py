@@ -197,6 +197,26 @@ def _attention() -> Iterator[Case]:
             yield Case("attention", operator, shape, mode, ("ours",), ())
 
 
+def _attention_kinds() -> Iterator[Case]:
+    # operator, sizes, forward; the first is a step of tacotron2
+    table: tuple[tuple[str, dict[str, int], float], ...] = (
+        ("location_attention", {"B": 32, "S": 200, "A": 128}, 5.0),
+        ("feature_attention", {"B": 32, "S": 100, "A": 64}, 3.0),
+        ("feature_attention", {"B": 64, "S": 200, "A": 128}, 3.0),
+        ("pooling_attention", {"B": 32, "S": 100, "A": 64}, 3.0),
+        ("pooling_attention", {"B": 64, "S": 200, "A": 128}, 3.0),
+        ("softmax_weights", {"B": 32, "T": 50, "S": 50}, 2.0),
+        ("softmax_weights", {"B": 16, "T": 100, "S": 400}, 2.0),
+        ("sparsemax_weights", {"B": 32, "T": 50, "S": 50}, 3.0),
+        ("sparsemax_weights", {"B": 16, "T": 100, "S": 400}, 3.0),
+        ("entmax15_weights", {"B": 32, "T": 50, "S": 50}, 3.0),
+        ("entmax15_weights", {"B": 16, "T": 100, "S": 400}, 3.0),
+    )
+    for operator, shape, at_least in table:
+        yield Case("attention_kinds", operator, shape, Mode.FORWARD, ("ours",), (Bar("ours", at_least),))
+        yield Case("attention_kinds", operator, shape, Mode.TRAINING, ("ours",), (Bar("ours", 1.0),))
+
+
 def _peers() -> Iterator[Case]:
     engines = ("onnxruntime", "openvino")
     bars = tuple(Bar("ours_frozen", 1.0, against=engine) for engine in engines)
@@ -255,6 +275,7 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
     "cells": tuple(_cells()),
     "bf16": tuple(_bf16()),
     "attention": tuple(_attention()),
+    "attention_kinds": tuple(_attention_kinds()),
     "peers": tuple(_peers()),
     "decoder": tuple(_decoder()),
     "models": tuple(_models()),

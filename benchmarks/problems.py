@@ -292,6 +292,7 @@ class CellProblem(Problem):
 def build(case: Case, seed: int = 0) -> Problem:
     """The problem of a case, its numbers drawn from ``seed``."""
     from benchmarks.attention import AttentionProblem
+    from benchmarks.attention_kinds import KindProblem
     from benchmarks.cell_states import CellStatesProblem
     from benchmarks.decoder import DecoderProblem
     from benchmarks.models import ModelProblem
@@ -302,6 +303,8 @@ def build(case: Case, seed: int = 0) -> Problem:
         return ModelProblem(case, seed)
     if case.suite == "cell_states":
         return CellStatesProblem(case, seed)
+    if case.suite == "attention_kinds":
+        return KindProblem(case, seed)
     if case.operator.endswith("_attention"):
         return AttentionProblem(case, seed)
     return CellProblem(case, seed) if case.operator.endswith("_cell") else SequenceProblem(case, seed)
