@@ -37,8 +37,10 @@ gpu:
 doctor: $(VENV)/.package build
 	$(BIN)/seqattn doctor
 
+# CUDA sources where nvcc is, Triton kernels where Triton is.
 compile-gpu: $(VENV)/.package
 	$(BIN)/python .ci/compile_gpu.py $(ARGS)
+	$(BIN)/python -m seqattn_kernels.kernels.compile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

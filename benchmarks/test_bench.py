@@ -21,7 +21,7 @@ CASES = [
     (case, name)
     for cases in SUITES.values()
     for case in cases
-    if case.suite != "peers" and (case.flops or 0) <= LARGEST and case.shape.get("S", 0) <= 100
+    if case.suite not in ("peers", "scaling") and (case.flops or 0) <= LARGEST and case.shape.get("S", 0) <= 100
     for name in (STOCK, *case.contestants)
     if name != "torch_compile"
 ]

@@ -107,6 +107,10 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "-> Tensor");
   // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
   m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");
+  // Monotonic alignment: weights [B, T, S] from the probabilities of stopping `choose` [B, T, S] and where attention
+  // stood before, `previous` [B, S].
+  m.def("monotonic_fwd(Tensor choose, Tensor previous) -> Tensor");
+  m.def("monotonic_bwd(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)");
   // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
   // summed over s with `reduce`. `mask` is boolean [B, S].
   m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");

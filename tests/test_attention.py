@@ -183,6 +183,26 @@ def test_a_value_only_neighbours_attend_to_does_not_leak():
     assert context[0, [0, 2]].isnan().all()
 
 
+@pytest.mark.cpu
+@needs_native
+def test_a_key_only_neighbours_attend_to_does_not_leak():
+    """Into the context of a query that may not attend to it, or the gradient by that query."""
+    query, keys, values, v = inputs((1, 3, 20, 8, 4))
+    mask = torch.ones(1, 3, 20, dtype=torch.bool)
+    mask[0, 1, 7] = False
+    alone = attend(query[:, 1:2], keys, values, v, mask=mask[:, 1:2])[0]
+    expected = torch.autograd.grad(alone.square().sum(), query)[0]
+    for value in (NAN, INF):
+        with torch.no_grad():
+            keys[0, 7] = value
+            values[0, 7] = value
+        context, weights = attend(query, keys, values, v, mask=mask)
+        assert_close_to_float64(context[:, 1:2], to_float64(alone))
+        assert weights[0, 1].isfinite().all()
+        found = torch.autograd.grad(context[0, 1].square().sum(), query)[0]
+        assert_close_to_float64(found[0, 1], expected[0, 1].double())
+
+
 def test_fully_masked_rows_are_zero():
     tensors = inputs((2, 3, 9, 8, 4))
     mask = torch.ones(2, 3, 9, dtype=torch.bool)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from seqattn_kernels import functional, nn, reference
+from seqattn_kernels import functional, nn, ops, reference
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 from tests.test_attention import MASKS, NAN
-from tests.test_attention_kinds import BACKENDS, check, leaves
+from tests.test_attention_kinds import BACKENDS, check, leaves, needs_native
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.parametrize("gaussian", [True, False])
@@ -113,6 +115,32 @@ def test_expected_alignment_is_stable(value):
     assert weights.isfinite().all()
     found = torch.autograd.grad(weights[:, -1].square().sum(), choose)[0]
     assert found.isfinite().all()
+
+
+@pytest.mark.cpu
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 40), (5, 7, 33), (2, 0, 4), (0, 3, 4), (2, 3, 0)], ids=str)
+def test_alignment_operator(shape, dtype, threads):
+    choose = torch.rand(shape, dtype=dtype).requires_grad_()
+    previous = torch.rand(shape[0], shape[2], dtype=dtype).requires_grad_()
+    check(ops.alignment.monotonic, reference.alignment.monotonic_alignment, [choose, previous])
+
+
+@pytest.mark.cpu
+@needs_native
+def test_alignment_operator_in_torch_machinery():
+    torch.use_deterministic_algorithms(False)
+    choose, previous = torch.rand(2, 3, 5), torch.rand(2, 5)
+    torch.library.opcheck(torch.ops.seqattn.monotonic_fwd.default, (choose, previous))
+    weights = torch.ops.seqattn.monotonic_fwd(choose, previous)
+    arguments = (choose, previous, weights, torch.randn(2, 3, 5))
+    torch.library.opcheck(torch.ops.seqattn.monotonic_bwd.default, arguments)
+    with pytest.raises(RuntimeError, match=r"previous: expected shape \[2, 5\], got \[2, 4\]"):
+        torch.ops.seqattn.monotonic_fwd(choose, previous[:, :4])
+    tensors = [t.double().requires_grad_() for t in (choose, previous)]
+    assert torch.autograd.gradcheck(ops.alignment.monotonic, tensors)
+    assert torch.autograd.gradgradcheck(ops.alignment.monotonic, tensors)
 
 
 def energies(query, keys, v, bias=0.0):

@@ -15,8 +15,11 @@ from seqattn_kernels.reference.attention import SCORES
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 from tests.test_attention import MASKS
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
-BACKENDS = [pytest.param("cpu", marks=needs_native), "reference"]
+BACKENDS = [pytest.param("cpu", marks=[needs_native, pytest.mark.cpu]), "reference"]
 
 
 def leaves(*shapes, dtype=torch.float32, size=1.0):
@@ -200,6 +203,7 @@ def test_scores_by_name():
 PRODUCTS = {"dot"}
 
 
+@pytest.mark.cpu
 @needs_native
 def test_registries_name_the_same_scores():
     assert set(native.extension.scores()) == set(SCORES) - PRODUCTS
@@ -209,7 +213,7 @@ def test_registries_name_the_same_scores():
 def test_triton_table_names_the_same_scores():
     pytest.importorskip("triton")
     table = pytest.importorskip("seqattn_kernels.kernels.scores")
-    assert set(table.SCORES) == set(SCORES)
+    assert set(table.SCORES) == set(SCORES) == set(ops.scores.native_kinds("cuda"))
 
 
 # Every kind
@@ -241,6 +245,65 @@ def test_compile(kind):
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(query)
     assert_close_to_float64(got, to_float64(expected))
     assert_close_to_float64(gradients(got, parameters), to_float64(gradients(expected, parameters)))
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", ["additive", "multi-head", "pooling", "location", "feature", "sparsemax"])
+def test_vmap(kind):
+    """A batch of problems at once: values and gradients, by a loop over the operators."""
+    many = [torch.randn(3, *shape) for shape in ((2, 4, 6), (2, 9, 6), (2, 9, 5))]
+
+    def call(query, keys, values):
+        if kind == "additive":
+            return functional.additive_attention(query, keys, torch.ones(6), values)[0]
+        if kind == "multi-head":
+            return functional.multi_head_additive_attention(query, keys, torch.ones(1, 6), values)[0]
+        if kind == "pooling":
+            return functional.pooling_attention(keys, torch.ones(4, 6), torch.ones(4), values)[0] * query.sum()
+        if kind == "location":
+            history, conv, weight = torch.ones(2, 1, 9), torch.ones(3, 1, 3), torch.ones(6, 3)
+            return functional.location_attention(query[:, 0], keys, torch.ones(6), history, conv, weight, values)[0]
+        if kind == "feature":
+            return functional.feature_attention(keys, torch.eye(6))[0] * query.sum()
+        return functional.sparsemax(query @ keys.transpose(1, 2)) @ values
+
+    def gradient(query, keys, values):
+        return torch.func.grad(lambda *t: call(*t).square().sum(), (0, 1, 2))(query, keys, values)
+
+    one_by_one = [torch.stack(parts) for parts in zip(*(gradient(*t) for t in zip(*many, strict=True)), strict=True)]
+    assert_close_to_float64(torch.func.vmap(call)(*many), torch.stack([call(*t) for t in zip(*many, strict=True)]))
+    assert_close_to_float64(list(torch.func.vmap(gradient)(*many)), one_by_one)
+
+
+@pytest.mark.parametrize("kind", ["multi-head", "location", "pooling", "cosine", "coverage", "monotonic"])
+def test_autocast(kind):
+    """Under autocast linear layers give bfloat16 and the rest may be float32: results as near as bfloat16 is."""
+    query, keys = torch.randn(3, 6), torch.randn(3, 9, 5)
+    if kind == "multi-head":
+        module, rest = nn.MultiHeadAdditiveAttention(6, 5, 8, heads=1), ()
+    elif kind == "location":
+        module, rest = nn.LocationSensitiveAttention(6, 5, 8, filters=3, kernel_size=3), (torch.rand(3, 2, 9) / 9,)
+    elif kind == "coverage":
+        module, rest = nn.CoverageAttention(6, 5, 8), (torch.rand(3, 9),)
+    elif kind == "monotonic":
+        module, rest = nn.MonotonicAttention(6, 5, 8, initial_bias=0.0, noise=0.0), ()
+    elif kind == "cosine":
+        module, rest = nn.CosineAttention(), ()
+        query = query[:, :5]
+    else:
+        module, rest = nn.PoolingAttention(6, 8), ()
+    lengths = torch.tensor([9, 0, 4])
+
+    def call(module, query, keys, *rest):
+        if kind == "pooling":
+            return module(query.unsqueeze(1).expand(3, 9, 6), lengths=lengths)[1]
+        return module(query, keys, *rest, lengths=lengths)[1]
+
+    with torch.autocast(query.device.type, torch.bfloat16):
+        got = call(module, query, keys, *rest)
+    wide = call(copy.deepcopy(module).double(), *to_float64([query, keys, *rest]))
+    assert_close_to_float64(got, wide, torch.bfloat16)
 
 
 MODULES = {

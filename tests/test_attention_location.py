@@ -15,6 +15,8 @@ from tests.compare import assert_close_to_float64, assert_same_bits, gradients, 
 from tests.test_attention import INF, MASKS, NAN
 from tests.test_attention_kinds import BACKENDS, check, leaves, needs_native, softmax_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def location_scores(query, keys, v, history, conv_weight, feature_weight, bias=None):
     """The convolution as a sum over its taps, for one query: history [B, C, S]."""
@@ -144,6 +146,34 @@ def test_location_keys_past_the_length_may_be_anything():
     assert_close_to_float64(gradients(got, tensors), to_float64(expected_gradients))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 50.0, 1e4, 1e30])
+def test_location_attention_of_any_size(size):
+    """Arguments of tanh far out, and far in: what saturates has no gradient, and what is tiny keeps its digits."""
+    for scaled in ((0, 1), (0,), (1,)):
+        tensors = location_inputs()
+        with torch.no_grad():
+            for i in scaled:
+                tensors[i].mul_(size)
+
+        def formula(*t):
+            return [x.squeeze(1) for x in softmax_of(location_scores(*t[:6], t[7]), t[6])]
+
+        wide = to_float64(tensors)
+        got = location(*tensors)
+        assert_close_to_float64(got, formula(*wide))
+        assert all(g.isfinite().all() for g in gradients(got, tensors))
+
+
+def test_location_export():
+    torch.use_deterministic_algorithms(False)
+    module = nn.LocationSensitiveAttention(4, 5, 6, filters=3, kernel_size=5).eval()
+    keys = torch.randn(2, 9, 5)
+    arguments = torch.randn(2, 4), keys, module.initial(keys)
+    with torch.no_grad():
+        program = torch.export.export(module, arguments)
+        assert_close_to_float64(program.module()(*arguments), to_float64(module(*arguments)))
+
+
 def test_location_gradcheck_twice():
     tensors = location_inputs(B=2, S=5, A=3, D=2, filters=2, taps=3, dtype=torch.float64)
     lengths = torch.tensor([5, 3])
@@ -198,6 +228,7 @@ def score_arguments(features, dtype=torch.float32, T=4):
     return tensors + leaves(shapes[features], (5, 9), dtype=dtype)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("T", [1, 4, 14])
 @pytest.mark.parametrize("features", ["none", "[B, S, F]", "[B, T, S, F]"])
@@ -213,6 +244,7 @@ def test_scores_operator(features, dtype, T, threads):
     assert_close_to_float64(gradients(got, given), gradients(expected, wide))
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("features", ["none", "[B, S, F]"])
 def test_scores_without_a_gradient_contribute_none(features):
@@ -233,6 +265,7 @@ def test_scores_without_a_gradient_contribute_none(features):
     assert_close_to_float64([t for t in found if t.numel()], expected)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("features", ["none", "[B, S, F]", "[B, T, S, F]"])
 def test_scores_opcheck_and_second_derivative(features):
@@ -248,6 +281,7 @@ def test_scores_opcheck_and_second_derivative(features):
     assert torch.autograd.gradgradcheck(lambda *t: ops.scores.scores("additive", *t, lengths=lengths), tensors)
 
 
+@pytest.mark.cpu
 @needs_native
 @pytest.mark.parametrize("shape", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)], ids=str)
 @pytest.mark.parametrize("featured", [False, True])
@@ -262,6 +296,7 @@ def test_scores_of_empty_sizes(shape, featured):
     assert_close_to_float64(found, gradients(reference.attention.additive_scores(*wide), wide))
 
 
+@pytest.mark.cpu
 @needs_native
 def test_scores_operator_checks_its_arguments():
     fwd = torch.ops.seqattn.scores_fwd

@@ -85,6 +85,7 @@ def test_nothing_leaks_in_other_scores(kind):
 
 
 @pytest.mark.parametrize("kind", ["dot", "general", "concat"])
+@pytest.mark.cpu
 @pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 def test_a_key_only_neighbours_attend_to_does_not_leak(kind):
     """NaN at a key that one query may not attend to stays out of its context and of the gradients through it."""

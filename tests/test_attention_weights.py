@@ -15,8 +15,11 @@ from tests.cases import DTYPES
 from tests.compare import assert_close_to_float64, assert_same_bits, gradients, to_float64
 from tests.test_attention import INF, MASKS, NAN, inputs
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(native.why_not() is not None, reason="not built")),
+    pytest.param("cpu", marks=[pytest.mark.cpu, pytest.mark.skipif(native.why_not() is not None, reason="not built")]),
     "reference",
 ]
 FUNCTIONS = {
@@ -140,7 +143,7 @@ def test_gradients(kind, fill, masked):
     if "mask" in options and options["mask"].dtype != torch.bool:
         options["mask"].requires_grad_()
     given = {"scale": 0.7, "temperature": 1.7, "fill": fill}
-    got = weigh(kind, scores, "cpu" if native.why_not() is None else None, **options, **given)
+    got = weigh(kind, scores, **options, **given)
     wide, wide_options = to_float64(scores), to_float64(options)
     expected = reference.normalizers.normalize(kind, wide, **wide_options, **given)
     leaves, wide_leaves = [scores], [wide]
@@ -401,6 +404,7 @@ def test_modules_drop_in_training_alone():
 # Operators and bad input
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 @pytest.mark.parametrize("kind", NORMALIZERS)
 @pytest.mark.parametrize("masked", ["none", "lengths", "[B, T, S]", "added"])
@@ -429,6 +433,7 @@ def test_compile(kind):
     assert_close_to_float64(gradients(got, [scores]), gradients(function(scores), [scores]))
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 def test_operators_check_their_arguments():
     seqattn, scores = torch.ops.seqattn, torch.zeros(2, 3, 5)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, functional, ops, reference
 from tests.compare import (
     TOLERANCE,
     assert_close_to_float64,
@@ -221,6 +221,81 @@ def test_fp32_operator_checks():
         torch.ops.seqattn.additive_fwd.default, (query, keys, None, values, v, None, None, True),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+def _problem(T):
+    B, S, A, D = 2, 40, 48, 20
+    shape = (B, T) if T else (B,)
+    tensors = {
+        "query": torch.randn(*shape, A),
+        "keys": torch.randn(B, S, A),
+        "values": torch.randn(B, S, D),
+        "v": torch.randn(A) / 7,
+        "heads": torch.randn(4, A // 4) / 4,
+        "square": torch.randn(A, A) / 7,
+        "wide": torch.randn(A, 2 * A) / 7,
+        "bias": torch.randn(A),
+        "history": torch.rand(B, S),
+        "conv": torch.randn(5, 1, 7) / 3,
+        "features": torch.randn(A, 5),
+    }
+    return {name: t.cuda().requires_grad_() for name, t in tensors.items()}
+
+
+F = functional
+LENGTHS = torch.tensor([40, 13])
+MASK = torch.rand(2, 1, 40, generator=torch.Generator().manual_seed(1)) > 0.3
+# What a call is made of: every kind of attention, mask and weighting that a GPU serves.
+CALLS = {
+    "additive": lambda t: F.additive_attention(t["query"], t["keys"], t["v"], t["values"], lengths=LENGTHS),
+    "bias": lambda t: F.additive_attention(t["query"], t["keys"], t["v"], bias=t["bias"], mask=MASK.cuda()),
+    "prepared": lambda t: F.additive_attention(t["query"], F.prepare_keys(t["keys"]), t["v"], t["values"]),
+    "heads": lambda t: F.multi_head_additive_attention(t["query"], t["keys"], t["heads"], lengths=LENGTHS),
+    "temperature": lambda t: F.additive_attention(
+        t["query"], t["keys"], t["v"], lengths=LENGTHS, weighting=F.Weighting(temperature=0.5, scale=2.0)
+    ),
+    "sparsemax": lambda t: F.additive_attention(t["query"], t["keys"], t["v"], lengths=LENGTHS, weighting="sparsemax"),
+    "entmax15": lambda t: F.additive_attention(t["query"], t["keys"], t["v"], mask=MASK.cuda(), weighting="entmax15"),
+    "filled": lambda t: F.additive_attention(
+        t["query"], t["keys"], t["v"], lengths=LENGTHS, weighting=F.Weighting(fill=-5.0)
+    ),
+    "sigmoid": lambda t: F.additive_attention(t["query"], t["keys"], t["v"], weighting="sigmoid"),
+    "concat": lambda t: F.concat_attention(t["query"], t["keys"], t["wide"], t["v"], bias=t["bias"]),
+    "dot": lambda t: F.dot_attention(t["query"], t["keys"], t["values"], lengths=LENGTHS),
+    "general": lambda t: F.general_attention(t["query"], t["keys"], t["square"], lengths=LENGTHS),
+    "cosine": lambda t: F.cosine_attention(t["query"], t["keys"]),
+    "location": lambda t: F.location_attention(
+        t["query"], t["keys"], t["v"], t["history"], t["conv"], t["features"], lengths=LENGTHS
+    ),
+    "coverage": lambda t: F.coverage_attention(t["query"], t["keys"], t["v"], t["history"], t["bias"]),
+    "pooling": lambda t: F.pooling_attention(t["keys"], t["square"], t["v"], lengths=LENGTHS),
+    "feature": lambda t: F.feature_attention(t["keys"], t["square"], t["bias"], lengths=LENGTHS),
+}
+
+
+@pytest.mark.parametrize("T", [0, 20])
+@pytest.mark.parametrize("name", CALLS)
+def test_fp32_functions(name, T):
+    if T and name in ("location", "coverage", "pooling", "feature"):
+        pytest.skip("one query at a time")
+    tensors = _problem(T)
+    wide = to_float64(tensors)
+    got, expected = CALLS[name](tensors), CALLS[name](wide)
+    assert_close_to_float64(got, expected)
+    total = sum(e.sum() for e in expected)
+    parts = torch.autograd.grad(total, list(wide.values()), allow_unused=True, retain_graph=True)
+    used = [n for n, part in zip(wide, parts, strict=True) if part is not None]
+    found, wanted = (gradients(r, [t[n] for n in used]) for r, t in ((got, tensors), (expected, wide)))
+    assert_close_to_float64(found, wanted, names=used)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_functions_compute_halves_as_they_are(format):
+    dtype = FORMATS[format]
+    tensors = {name: t.detach().to(dtype) for name, t in _problem(20).items()}
+    context, weights = CALLS["additive"](tensors)
+    assert context.dtype == weights.dtype == dtype
+    assert_close_to_float64((context, weights), CALLS["additive"](to_float64(tensors)), dtype)
 
 
 def test_backends():

@@ -59,7 +59,7 @@ class Axis:
         if not positive:
             raise ValueError("values: expected some above zero to draw, got none")
         self.low, self.high = math.log10(min(positive)), math.log10(max(positive))
-        margin = max(0.08 * (self.high - self.low), 0.05)
+        margin = max(0.08 * (self.high - self.low), 0.15)
         self.low, self.high = self.low - margin, self.high + margin
 
     def place(self, value: float, begin: float, end: float) -> float:
@@ -108,13 +108,17 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], line
     parts.append(
         f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(y_label)}</text>'
     )
-    for line in lines:
+    for index, line in enumerate(lines):
         steps = [x.low + (x.high - x.low) * i / 60 for i in range(61)]
         path = " ".join("{:.1f},{:.1f}".format(*at((10**s, line.value(10**s)))) for s in steps)
         parts.append(f'<polyline class="limit" points="{path}"><title>{escape(line.name)}</title></polyline>')
-        end = at((10**x.high, line.value(10**x.high)))
+        # At the right and the left in turns: limits meet where they are highest.
+        anchor, end = (("end", x.high), ("start", x.low))[index % 2]
+        corner = (10**end, line.value(10**end))
+        spot = at(corner)
         parts.append(
-            f'<text class="limit" x="{right}" y="{end[1] - 4:.1f}" text-anchor="end">{escape(line.name)}</text>'
+            f'<text class="limit" x="{spot[0]:.1f}" y="{spot[1] - 4:.1f}" text-anchor="{anchor}">'
+            f"{escape(line.name)}</text>"
         )
     for each in series:
         shown = [point for point in each.points if min(point) > 0]
@@ -139,7 +143,7 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     axis.fit()
     axis.low -= 0.15  # the least of them is a bar too
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    thick, gap, left, width = 9, 8, 270, 620
+    thick, gap, left, width = 9, 8, 330, 680
     height = 26 + sum(len(row) * thick + gap for row in rows.values())
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">']
     parts.append(f'<text class="title" x="4" y="15">{escape(title)}, {escape(unit)}</text>')
@@ -168,7 +172,7 @@ def legend(names: Sequence[str]) -> str:
 
 def number(value: float) -> str:
     """Three digits, thousands and millions in short."""
-    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, sign in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{sign}"
     return f"{value:.3g}"

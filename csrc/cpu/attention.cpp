@@ -17,7 +17,7 @@ Tensor pack(const Tensor& given) {
   args.S = keys.size(1);
   args.A = keys.size(2);
   args.keys = data_of<T>(keys);
-  Tensor packed = torch::stable::new_empty(keys, {args.B, args.blocks(), packed_rows(args.A), kKeyBlock});
+  Tensor packed = allocate(keys, {args.B, args.blocks(), packed_rows(args.A), kKeyBlock});
   pack_all(args, data_of<T>(packed));
   return packed;
 }

@@ -64,8 +64,8 @@ template <class T>
 std::tuple<Tensor, Tensor> fwd(const Tensor& inner, const Tensor& input, const MaybeTensor& lengths,
                                const MaybeTensor& mask, bool reduce) {
   FeatureProblem<T> problem(inner, input, lengths, mask, reduce);
-  Tensor weights = torch::stable::new_empty(input, problem.shape());
-  Tensor result = torch::stable::new_empty(input, problem.result_shape());
+  Tensor weights = allocate(input, problem.shape());
+  Tensor result = allocate(input, problem.result_shape());
   problem.args.weights = data_of<T>(weights);
   problem.args.result = data_of<T>(result);
   if (result.numel()) problem.run(feature_kernels<T>().forward);
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& inner, const Tensor& input, const T
     check_tensor("d_weights", dw, kScalarType<T>, problem.shape());
     problem.args.d_weights = data_of<T>(dw);
   }
-  Tensor d_inner = torch::stable::new_empty(input, problem.shape());
-  Tensor d_input = torch::stable::new_empty(input, problem.shape());
+  Tensor d_inner = allocate(input, problem.shape());
+  Tensor d_input = allocate(input, problem.shape());
   problem.args.weights = data_of<T>(weights);
   problem.args.d_inner = data_of<T>(d_inner);
   problem.args.d_input = data_of<T>(d_input);

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "allocate.h"
 #include "attention_kernels.h"
 #include "checks.h"
 #include "gang.h"
@@ -234,7 +235,7 @@ struct Problem {
     args.scales = scales.data();
   }
 
-  Tensor empty(std::vector<int64_t> shape) const { return torch::stable::new_empty(query, shape); }
+  Tensor empty(const std::vector<int64_t>& shape) const { return allocate(query, shape); }
   std::vector<int64_t> per_query(int64_t last) const {
     return single_query ? std::vector<int64_t>{args.B, last} : std::vector<int64_t>{args.B, args.T_, last};
   }

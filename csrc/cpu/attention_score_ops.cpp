@@ -245,7 +245,7 @@ Tensor context(const Tensor& weights_, const Tensor& values_) {
   args.rows = data_of<T>(weights);
   args.row = args.S;
   args.by_weight = true;
-  Tensor out = torch::stable::new_empty(values, {args.B, args.T_, args.D});
+  Tensor out = allocate(values, {args.B, args.T_, args.D});
   args.context = data_of<T>(out);
   if (!out.numel()) return out;
   const int64_t useful = args.B * args.T_ * args.S * args.D / kElementsPerThread + 1;

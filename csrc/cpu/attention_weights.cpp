@@ -61,7 +61,7 @@ Tensor fwd(int normalizer, const Tensor& scores_, const MaybeTensor& lengths, co
   const Tensor scores = dense(scores_);
   check_tensor("scores", scores, kScalarType<T>, {-1, -1, -1});
   const Masks<T> masks(scores.size(0), scores.size(1), scores.size(2), lengths, mask);
-  Tensor weights = torch::stable::new_empty(scores, {scores.size(0), scores.size(1), scores.size(2)});
+  Tensor weights = allocate(scores, {scores.size(0), scores.size(1), scores.size(2)});
   WeightArgs<T> args = args_of(scores, masks);
   args.scores = data_of<T>(scores);
   args.weights = data_of<T>(weights);
@@ -81,7 +81,7 @@ Tensor bwd(int normalizer, const Tensor& d_weights_, const Tensor& weights_, con
   const std::vector<int64_t> shape{weights.size(0), weights.size(1), weights.size(2)};
   check_tensor("d_weights", d_weights, kScalarType<T>, shape);
   const Masks<T> masks(shape[0], shape[1], shape[2], lengths, mask);
-  Tensor d_scores = torch::stable::new_empty(weights, shape);
+  Tensor d_scores = allocate(weights, shape);
   WeightArgs<T> args = args_of(weights, masks);
   args.weights = data_of<T>(weights);
   args.d_weights = data_of<T>(d_weights);

@@ -34,7 +34,7 @@ struct ClusterDecoder {
   static constexpr int kWarps = kSplit * kGroups, kThreads = 32 * kWarps;
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
   static constexpr int kHiddenPieces = kHidden / kPiece, kValuePieces = kValue / kPiece;
-  static_assert(sizeof(T) == 2 && kUnits % kGroupUnits == 0 && kGroups >= 1 && kValue <= 512);
+  static_assert(sizeof(T) == 2 && kQueue % 4 == 0 && kUnits % kGroupUnits == 0 && kGroups >= 1 && kValue <= 512);
 
   // Barriers, in the order of a step but for h's two.
   enum { kQueryCame, kScoresCame, kContextCame, kStateCame };
@@ -82,7 +82,7 @@ SEQATTN_DEVICE float element(const Words4& words, int i) {
 
 template <class Shape>
 SEQATTN_KERNEL(Shape::kThreads, 1)
-cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
+cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int columns) {
   using Cell = typename Shape::Cell;
   using T = typename Shape::T;
   constexpr int kGates = Shape::kGates, kSlots = Shape::kSlots, kPiece = Shape::kPiece, kWarps = Shape::kWarps;
@@ -96,7 +96,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
   const int hidden = static_cast<int>(args.hidden), features = static_cast<int>(args.attention);
   const int value = static_cast<int>(args.value);
   const int64_t batch = args.batch;
-  const int64_t first = static_cast<int64_t>(block_index() / kCluster) * columns;  // sequence of column 0
+  const int64_t first = begin + static_cast<int64_t>(block_index() / kCluster) * columns;  // sequence of column 0
   const int present = static_cast<int>(batch - first < columns ? batch - first : columns);
 
   const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
@@ -205,7 +205,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
 
   const int state_bytes = Shape::kHiddenPieces * 16 * present;
   const int query_bytes = feature_count > 0 ? feature_count * 4 : 0;
-  const int scores_bytes = parts * length * 4;
+  const int scores_bytes = parts * ((length + 3) / 4) * 16;
   const int context_bytes = value / kPiece * 16 * present;
   if (thread_index() == 0) {
     for (int i = 0; i < 5; ++i) barrier_init(barriers + i, 1);
@@ -248,8 +248,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
   const Remote<unsigned char> peers[2] = {map_shared(shared, g), map_shared(shared, g + 8)};
   const Remote<unsigned char> octet_peers[2] = {map_shared(shared, lane % 8), map_shared(shared, lane % 8 + 8)};
 
-  // Keys (values) of the attention: `key_lanes` lanes share one, eight features each; the block's `key_stride` of them
-  // are looked at together, this lane's n-th is key_first + n * key_stride.
+  // Keys of the attention: `key_lanes` lanes share four that follow each other, eight features each; `key_stride` such
+  // fours are looked at together, this lane's n-th is key_first + n * key_stride. Likewise values, one by one.
   const int key_lanes = lanes_for(feature_count), value_lanes = lanes_for(value_count);
   const int key_stride = kWarps * (32 / key_lanes), value_stride = kWarps * (32 / value_lanes);
   const int key_first = warp * (32 / key_lanes) + lane / key_lanes;
@@ -262,10 +262,10 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
                   (key_column < feature_count ? feature_begin + key_column : 0);
   const T* values = static_cast<const T*>(args.values) + sequence_served * source * value +
                     (value_column < value_count ? value_begin + value_column : 0);
-  const int key_turns = attends ? (length + key_stride - 1) / key_stride : 0;
+  const int fours = (length + 3) / 4, key_turns = attends ? (fours + key_stride - 1) / key_stride : 0;
   const int value_turns = attends ? (length + value_stride - 1) / value_stride : 0;
   const auto key_at = [&](int n) {
-    const int s = key_first + n * key_stride;
+    const int s = 4 * (key_first + n / 4 * key_stride) + n % 4;
     return reinterpret_cast<const Words4*>(keys + static_cast<int64_t>(s < last ? s : last) * features);
   };
   const auto value_at = [&](int n) {
@@ -323,8 +323,13 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
       named_barrier_sync(1 + group, 32 * kSplit);
       SEQATTN_UNROLL
       for (int from = 1; from < kSplit; ++from) own += load(part_of(split, from));
-      if (present_column && unit < features) {
-        store_async(remote_cast<float>(query_peer + query_at), own + query_bias,
+      // Four features of a column, four lanes apart, in one message.
+      own += query_bias;
+      const float next = shuffle_xor(own, 4);
+      const float low = g & 1 ? next : own, high = g & 1 ? own : next;
+      const float low2 = shuffle_xor(low, 8), high2 = shuffle_xor(high, 8);
+      if (g % 4 == 0 && present_column && unit < features) {
+        store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), Vec<float, 4>{{low, high, low2, high2}},
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
       }
     }
@@ -360,8 +365,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
             own_energy[i + j] = b[j];
           }
         }
-        for (int n0 = 0; n0 < key_turns; n0 += kQueue) {
-          const bool more = n0 + kQueue < key_turns;
+        for (int n0 = 0; n0 < 4 * key_turns; n0 += kQueue) {
+          const bool more = n0 + kQueue < 4 * key_turns;
           float score[kQueue];
           SEQATTN_UNROLL
           for (int j = 0; j < kQueue; ++j) {
@@ -377,12 +382,13 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int columns) {
             for (int j = 0; j < kQueue; ++j) score[j] += shuffle_xor(score[j], m);
           }
           SEQATTN_UNROLL
-          for (int j = 0; j < kQueue; ++j) {
-            const int s = key_first + (n0 + j) * key_stride;
-            if (s < length) {
+          for (int j = 0; j < kQueue; j += 4) {
+            const int four = key_first + (n0 + j) / 4 * key_stride;
+            if (four < fours) {
               for (int p = lane % key_lanes; p < parts; p += key_lanes) {
                 const Remote<unsigned char> peer = map_shared(shared, column_served * parts + p);
-                store_async(remote_cast<float>(peer + (Shape::kScores + (part * source_stride + s) * 4)), score[j],
+                store_async(remote_cast<Vec<float, 4>>(peer + (Shape::kScores + (part * source_stride + 4 * four) * 4)),
+                            Vec<float, 4>{{score[j], score[j + 1], score[j + 2], score[j + 3]}},
                             remote_cast<Barrier>(peer + Shape::kScoresCame * sizeof(Barrier)));
               }
             }

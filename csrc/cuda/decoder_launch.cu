@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -22,26 +23,27 @@ template <class Shape>
 const char* start(const DecoderForward& args, int64_t shared_limit, Stream stream) {
   constexpr DecoderShape kShape{Shape::kHidden, Shape::kValue};
   static_assert(Shape::shared_bytes(100, 2) == decoder_shared_bytes(kShape, Shape::kGates, Shape::kSlots, 100, 2));
+  const auto shared_bytes = [&](int columns) { return Shape::shared_bytes(args.source, Shape::kCluster / columns); };
   Launch l{.block = Shape::kThreads, .cluster = Shape::kCluster};
-  const auto shape = [&](int columns) {
-    l.grid = static_cast<int>((args.batch + columns - 1) / columns) * Shape::kCluster;
-    l.shared_bytes = static_cast<size_t>(Shape::shared_bytes(args.source, Shape::kCluster / columns));
-  };
-  // As few columns a cluster as let all clusters run at once: each then has more blocks for its attention.
-  shape(Shape::kColumns);
-  if (static_cast<int64_t>(l.shared_bytes) > shared_limit) return "S: expected fewer source steps";
+  l.grid = Shape::kCluster;
+  l.shared_bytes = static_cast<size_t>(shared_bytes(Shape::kColumns));
+  if (shared_bytes(Shape::kColumns) > shared_limit) return "S: expected fewer source steps";
   const int resident = clusters_of<Shape>(l);
   if (resident == 0) return "no cluster of 16 blocks fits this device";
-  int columns = Shape::kColumns;
-  for (int fewer = 1; fewer < Shape::kColumns; fewer *= 2) {
-    if ((args.batch + fewer - 1) / fewer <= resident &&
-        Shape::shared_bytes(args.source, Shape::kCluster / fewer) <= shared_limit) {
-      columns = fewer;
-      break;
+  // As many sequences at a time as all clusters that run at once have columns, but no more columns than these need:
+  // with fewer, a column has more blocks for its attention.
+  for (int64_t first = 0; first < args.batch;) {
+    const int64_t left = args.batch - first;
+    int columns = 1;
+    while (columns < Shape::kColumns && (left > int64_t(columns) * resident || shared_bytes(columns) > shared_limit)) {
+      columns *= 2;
     }
+    const int64_t count = std::min(left, int64_t(columns) * resident);
+    l.grid = static_cast<int>((count + columns - 1) / columns) * Shape::kCluster;
+    l.shared_bytes = static_cast<size_t>(shared_bytes(columns));
+    launch(cluster_decoder_forward<Shape>, l, stream, args, static_cast<int>(first), columns);
+    first += count;
   }
-  shape(columns);
-  launch(cluster_decoder_forward<Shape>, l, stream, args, columns);
   return nullptr;
 }
 

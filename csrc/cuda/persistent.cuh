@@ -158,6 +158,20 @@ SEQATTN_DEVICE void hold_weights(uint32_t (&held)[kHeld ? kHeld : 1][kTiles][2][
   }
 }
 
+// Numbers that the inner loop needs in registers. The compiler would fetch kernel parameters again at each use, at some
+// 50 cycles each; what came through shared memory it has to keep. By all threads; `through` has room for kCount
+// numbers.
+template <int kCount>
+SEQATTN_DEVICE void hold(Shared<int> through, int (&numbers)[kCount]) {
+  if (thread_index() == 0) {
+    SEQATTN_UNROLL
+    for (int i = 0; i < kCount; ++i) store(through + i, numbers[i]);
+  }
+  block_sync();
+  SEQATTN_UNROLL
+  for (int i = 0; i < kCount; ++i) numbers[i] = load(through + i);
+}
+
 // Row `row` of rows that are `bytes` apart: one multiply-add, where 64-bit products would take five.
 template <class T>
 SEQATTN_DEVICE T* row_at(T* base, int row, int bytes) {

@@ -88,17 +88,30 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   constexpr int kRowTiles = Shape::kRowTiles, kChains = Shape::kChains, kPlane = Shape::kPlane;
   constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell), kBytes = sizeof(T);
   constexpr bool kGrid = Shape::kGrid;
+  constexpr bool kRoomy = Shape::kGroups <= 2 && kBytes == 2 && !kGrid;  // registers for more than the least
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
   const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
-  const int steps = static_cast<int>(args.rows.steps);
-  const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
+  const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
+  const auto address = reinterpret_cast<uintptr_t>(args.rows.offsets);
+  int numbers[] = {static_cast<int>(args.rows.steps),
+                   static_cast<int>(args.rows.batch),
+                   static_cast<int>(args.hidden),
+                   static_cast<int>(args.rows.out_step),
+                   static_cast<int>(args.ld_output) * kBytes,
+                   static_cast<int>(address & 0xffffffff),
+                   static_cast<int>(address >> 32)};
+  if constexpr (kRoomy) hold(shared_cast<int>(shared + TeamShape::kNumbers), numbers);
+  const int steps = numbers[0], batch = numbers[1], hidden = numbers[2], out_step = numbers[3];
+  const int ld_output = numbers[4];
+  const int64_t* offsets = reinterpret_cast<const int64_t*>(
+      static_cast<uintptr_t>(static_cast<uint32_t>(numbers[6])) << 32 | static_cast<uint32_t>(numbers[5]));
+  const bool packed = offsets != nullptr;
   const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
   // Time runs against forward's.
   const int back = direction == 1 ? 1 : -1, start = direction == 1 ? 0 : steps - 1;
 
-  const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
   const Shared<Barrier> barriers = shared_cast<Barrier>(shared + Shape::kBarriers);
   const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
   const Shared<unsigned char> pieces = shared + Shape::kGatePieces;
@@ -150,19 +163,18 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int local_unit = group * kGroupUnits + lane / 4 + 8 * (lane / 2 % 2);
   const int unit = rank * Shape::kUnits + local_unit;
   const int column = 2 * split + lane % 2;
-  const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
-  const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
+  const int ld_cell = static_cast<int>(args.ld_cell) * kBytes;
+  const int out_batch = static_cast<int>(args.rows.out_batch);
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
-  const int64_t* offsets = args.rows.offsets;
 
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
-    return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
+    return (packed ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
   const auto out_row_of = [&](int t, int sequence) {
-    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
+    return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
   };
 
   // Pieces of values this lane fetches, for its own column. Step t of tile i is `step` * t (or offsets[t]) and
@@ -183,8 +195,8 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;
     const int at = (k - (is_h ? kH : is_c ? kC : is_d ? kD : 0)) * 16;
     const int row_bytes = is_d ? ld_output : hidden * unit_bytes;
-    const int sequence_rows = is_d && offsets == nullptr ? out_batch : 1;
-    const int step_rows = offsets != nullptr ? 1 : is_d ? out_step : batch;
+    const int sequence_rows = is_d && !packed ? out_batch : 1;
+    const int step_rows = packed ? 1 : is_d ? out_step : batch;
     const int left = (hidden - group_unit) * unit_bytes - at;
     const int64_t begin = is_d ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
     Piece& own = fetched[i];
@@ -205,7 +217,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       const Piece& own = fetched[i];
       const int its_t = own.traits & 1 ? t + back : t, tile = turn % kTiles;
       if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
-        const int64_t step = offsets != nullptr ? static_cast<int>(offsets[its_t]) : its_t;
+        const int64_t step = packed ? static_cast<int>(offsets[its_t]) : its_t;
         copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
                          own.from + step * own.step + tile * own.tile, own.traits / 4 - 1, own.traits & 2);
       }
@@ -246,6 +258,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   // Pieces this thread writes to memory: consecutive threads take consecutive pieces of a column.
   constexpr int kWritten = kSlots * kPlane * 8, kWrites = (kWritten + Shape::kThreads - 1) / Shape::kThreads;
   const bool vectors = hidden % kPiece == 0 && reinterpret_cast<uintptr_t>(args.d_gates) % 16 == 0;
+  const int gates_row = kSlots * hidden * kBytes;
 
   // The owners of this warp's rows: kept where registers allow.
   constexpr bool kKeepOwners = !kGrid && kGroups <= 2;
@@ -408,9 +421,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         const int index = thread_index() + i * Shape::kThreads;
         const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
         const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
-        if (at_column < present_of(tile) && from_unit < hidden && (offsets == nullptr || t < args.rows.lengths[b])) {
+        if (at_column < present_of(tile) && from_unit < hidden && (!packed || t < args.rows.lengths[b])) {
           const int to_row = row_of(t, b);
-          T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, kSlots * hidden * kBytes) +
+          T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, gates_row) +
                   (Shape::slot(piece / kPlane) * hidden + from_unit);
           const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
           if (vectors) {

@@ -63,17 +63,30 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   constexpr int kChains = Shape::kChains, kKept = kept(Cell::kSaved, Cell::kHasCell);
   constexpr int kBytes = sizeof(T);
   constexpr bool kGrid = Shape::kGrid;
+  constexpr bool kRoomy = Shape::kGroups <= 2 && !kGrid;  // registers for more than the least
   using Bits = std::conditional_t<kBytes == 2, uint16_t, uint32_t>;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
   const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
-  const int steps = static_cast<int>(args.rows.steps);
-  const int batch = static_cast<int>(args.rows.batch), hidden = static_cast<int>(args.hidden);
+  const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
+  const auto address = reinterpret_cast<uintptr_t>(args.rows.offsets);
+  int numbers[] = {static_cast<int>(args.rows.steps),
+                   static_cast<int>(args.rows.batch),
+                   static_cast<int>(args.hidden),
+                   static_cast<int>(args.rows.out_step),
+                   static_cast<int>(args.ld_output) * kBytes,
+                   static_cast<int>(address & 0xffffffff),
+                   static_cast<int>(address >> 32)};
+  if constexpr (kRoomy) hold(shared_cast<int>(shared + TeamShape::kNumbers), numbers);
+  const int steps = numbers[0], batch = numbers[1], hidden = numbers[2], out_step = numbers[3];
+  const int ld_output = numbers[4];
+  const int64_t* offsets = reinterpret_cast<const int64_t*>(
+      static_cast<uintptr_t>(static_cast<uint32_t>(numbers[6])) << 32 | static_cast<uint32_t>(numbers[5]));
+  const bool packed = offsets != nullptr;
   const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
   const int forth = direction == 1 ? -1 : 1, start = direction == 1 ? steps - 1 : 0;
 
-  const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
   const Shared<Barrier> barriers = shared_cast<Barrier>(shared + Shape::kBarriers);
   const Shared<Words4> state = shared_cast<Words4>(shared + Shape::kState);
   const Shared<float> parts = shared_cast<float>(shared + Shape::kParts);
@@ -137,16 +150,15 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
 
   const int unit = group_unit + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
-  const int gate_row = kGates * hidden * kBytes;
-  const int out_step = static_cast<int>(args.rows.out_step), out_batch = static_cast<int>(args.rows.out_batch);
-  const int64_t* offsets = args.rows.offsets;
+  const int gate_row = kGates * hidden * kBytes, state_row = hidden * kBytes;
+  const int out_batch = static_cast<int>(args.rows.out_batch);
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
-    return (offsets != nullptr ? static_cast<int>(offsets[t]) : t * batch) + sequence;
+    return (packed ? static_cast<int>(offsets[t]) : t * batch) + sequence;
   };
   const auto out_row_of = [&](int t, int sequence) {
-    return offsets != nullptr ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
+    return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
   };
   // Fetches x gates of step t for this lane's column: each lane a piece of a gate's 8 units.
   constexpr int kUnitPieces = 8 / kPiece;
@@ -195,26 +207,23 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   for (int turn = 0; turn < 2 * kTiles; ++turn) fetch_x(turn, start + turn / kTiles * forth);
 
   const int64_t direction_row = static_cast<int64_t>(direction) * args.rows.rows * hidden;
-  const int ld_output = static_cast<int>(args.ld_output) * kBytes, ld_cell = static_cast<int>(args.ld_cell) * kBytes;
+  const int ld_cell = static_cast<int>(args.ld_cell) * kBytes;
   T* output = static_cast<T*>(args.output_rows) + direction * hidden + unit;
   T* cell_rows = args.cell_rows == nullptr ? nullptr : static_cast<T*>(args.cell_rows) + direction * hidden + unit;
   T* h_prev = static_cast<T*>(args.h_prev) + direction_row + unit;
   float* cells = static_cast<float*>(args.cells) + direction_row + unit;
   Vec<T, kKept>* saved_rows = static_cast<Vec<T, kKept>*>(args.saved) + direction_row + unit;
-  const bool saving = args.saved != nullptr;
+  const bool saving = args.saved != nullptr, giving_cells = args.cell_rows != nullptr;
 
   // Where this lane finds and puts things.
   constexpr int kPart = kGates * 32;  // floats that one warp leaves for another
-  const auto held_place = [](int place) {
-    return Shape::kGroups <= 2 && kHeld * kGates <= 16 ? keep(place) : place;
-  };  // where registers allow
-  const int operand_place = held_place((split * kPairs * 4 + q) * 8 + ((4 * (g % 2) + g / 2) ^ q));
-  const int own_place = held_place(piece_place(group_unit / kPiece + (8 * (split / 2) + g) / kPiece, column));
+  const int operand_place = (split * kPairs * 4 + q) * 8 + ((4 * (g % 2) + g / 2) ^ q);
+  const int own_place = piece_place(group_unit / kPiece + (8 * (split / 2) + g) / kPiece, column);
   const int parts_place = group * (kSplit * kSplit * kPart) + lane * (kGates == 4 ? 4 : 1);
-  const int give_place = held_place(parts_place + split * kPart);
+  const int give_place = parts_place + split * kPart;
   int take_place[kSplit];
   SEQATTN_UNROLL
-  for (int i = 1; i < kSplit; ++i) take_place[i] = held_place(parts_place + (split * kSplit + (split ^ i)) * kPart);
+  for (int i = 1; i < kSplit; ++i) take_place[i] = parts_place + (split * kSplit + (split ^ i)) * kPart;
   // The blocks of a cluster this lane sends to: every kPiece-th.
   constexpr int kPeers = kGrid ? 1 : (kBlocks + kPiece - 1) / kPiece;
   Remote<unsigned char> peers[kPeers];
@@ -371,20 +380,20 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
         }
       }
 
-      if (own.live && (valid || offsets == nullptr)) {
+      if (own.live && (valid || !packed)) {
         const int at = row_of(t, own.sequence), out = out_row_of(t, own.sequence);
         store(row_at(output, out, ld_output), from_float<T>(valid ? own.h : 0.f));
         if constexpr (Cell::kHasCell) {
-          if (cell_rows != nullptr) store(row_at(cell_rows, out, ld_cell), from_float<T>(valid ? own.c : 0.f));
+          if (giving_cells) store(row_at(cell_rows, out, ld_cell), from_float<T>(valid ? own.c : 0.f));
         }
         if (saving) {
-          store(row_at(h_prev, at, hidden * kBytes), from_float<T>(h_before));
+          store(row_at(h_prev, at, state_row), from_float<T>(h_before));
           if (valid) {
-            if constexpr (Cell::kHasCell) store(row_at(cells, at, hidden * 4), own.c);
+            if constexpr (Cell::kHasCell) store(row_at(cells, at, state_row * (4 / kBytes)), own.c);
             Vec<T, kKept> values;
             SEQATTN_UNROLL
             for (int i = 0; i < kKept; ++i) values[i] = from_float<T>(Cell::kSaved ? saved[i] : own.h);
-            store(row_at(saved_rows, at, hidden * kKept * kBytes), values);
+            store(row_at(saved_rows, at, state_row * kKept), values);
           }
         }
       }

@@ -106,7 +106,7 @@ struct TeamShape {
   constexpr int64_t forward_exchange_bytes() const { return 2 * static_cast<int64_t>(state_bytes()); }
   constexpr int64_t backward_exchange_bytes() const { return 2 * static_cast<int64_t>(blocks) * part_bytes(); }
 
-  static constexpr int kBarrierBytes = 128;
+  static constexpr int kBarrierBytes = 128, kNumbers = 64;  // barriers, and from there on numbers
   static constexpr int kSharedLimit = 227 * 1024;  // of a block on the largest device
   // Whether a block's shared memory holds what forward and backward need.
   constexpr bool fits(int shared_limit = kSharedLimit) const {

@@ -106,4 +106,5 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("planted", &planted);
 
   bind_recurrence(m);
+  bind_decoder(m);
 }

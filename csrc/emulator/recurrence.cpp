@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "../cells/registry.h"
+#include "../cuda/persistent_shapes.h"
 #include "../cuda/plan.h"
 #include "../cuda/stepwise.h"
 #include "bindings.h"
+#include "fields.h"
 
 namespace py = pybind11;
 
@@ -20,37 +22,6 @@ namespace seqattn::gpu {
 void clear(void* to, int64_t bytes, void*) { std::memset(to, 0, static_cast<size_t>(bytes)); }
 
 namespace {
-
-// Takes fields out of a dict; what is not there stays zero, what is left over is a mistake.
-class Fields {
- public:
-  explicit Fields(const py::dict& given) : left_(py::reinterpret_steal<py::dict>(PyDict_Copy(given.ptr()))) {}
-
-  template <class V>
-  Fields& operator()(const char* name, V& value) {
-    if (!left_.contains(name)) return *this;
-    const py::object given = left_[name];
-    if constexpr (std::is_pointer_v<V>) {
-      value = reinterpret_cast<V>(given.cast<uintptr_t>());
-    } else if constexpr (std::is_enum_v<V>) {
-      value = static_cast<V>(given.cast<int>());
-    } else if constexpr (std::is_array_v<V>) {
-      for (size_t i = 0; i < py::len(given); ++i) {
-        value[i] = reinterpret_cast<std::remove_extent_t<V>>(given[py::int_(i)].cast<uintptr_t>());
-      }
-    } else {
-      value = given.cast<V>();
-    }
-    PyDict_DelItemString(left_.ptr(), name);
-    return *this;
-  }
-  void end() const {
-    if (py::len(left_)) throw py::key_error("no such field: " + py::str(left_).cast<std::string>());
-  }
-
- private:
-  py::dict left_;
-};
 
 void take(Fields& f, Rows& r) {
   f("steps", r.steps)("batch", r.batch)("rows", r.rows)("lengths", r.lengths)("offsets", r.offsets);
@@ -90,15 +61,7 @@ void take(Fields& f, Device& d) {
 
 template <class S>
 S from(const py::dict& given) {
-  S s{};
-  Fields fields(given);
-  take(fields, s);
-  fields.end();
-  return s;
-}
-
-void raise(const char* error) {
-  if (error) throw std::runtime_error(error);
+  return from_fields<S>(given, [](Fields& f, S& s) { take(f, s); });
 }
 
 const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
@@ -126,6 +89,16 @@ void bind_recurrence(py::module_& m) {
   SEQATTN_FOR_EACH_CELL(SEQATTN_CELL_INFO)
 #undef SEQATTN_CELL_INFO
   m.attr("CELLS") = cells;
+  // Sizes that the persistent kernels are compiled for: units, blocks.
+  py::dict teams;
+  const auto sizes = [](const auto& all) {
+    py::list found;
+    for (const TeamSize& size : all) found.append(py::make_tuple(size.padded, size.blocks));
+    return found;
+  };
+  teams["cluster"] = sizes(kClusterSizes);
+  teams["cooperative"] = sizes(kGridSizes);
+  m.attr("TEAM_SIZES") = teams;
 
   m.def("combine_bias", [](int cell, int dtype, int64_t hidden, const std::vector<uintptr_t>& b_ih,
                            const std::vector<uintptr_t>& b_hh, uintptr_t bias) {

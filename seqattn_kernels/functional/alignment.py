@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqattn_kernels import reference
+from seqattn_kernels import ops
 from seqattn_kernels.functional.arguments import expect_devices, expect_floats, expect_rank, explain_shapes
 from seqattn_kernels.functional.attention import PreparedKeys, finish
 from seqattn_kernels.functional.masks import resolve, resolve_masks
 from seqattn_kernels.functional.scoring import attend, scores_of
-from seqattn_kernels.functional.weighting import Weighting, context_of, weighting_of
+from seqattn_kernels.functional.weighting import Weighting, choose_backend, context_of, weighting_of
+from seqattn_kernels.reference import alignment
 from seqattn_kernels.reference.attention import attended
 
 
@@ -62,7 +63,7 @@ def local_attention(
     if single:
         query, position = query.unsqueeze(1), position.unsqueeze(1)
     position = position if position.dtype == torch.float64 else position.float()
-    near = reference.alignment.window_mask(position.detach(), source, window)
+    near = alignment.window_mask(position.detach(), source, window)
     if mask is None:
         mask = near
     else:
@@ -82,7 +83,7 @@ def local_attention(
     )
     if gaussian:
         assert weights is not None
-        weights = weights * reference.alignment.gaussian(position, source, window / 2)
+        weights = weights * alignment.gaussian(position, source, window / 2)
         context = context_of(weights.to(values.dtype), values, lengths, mask, chosen)
     return finish(context, weights if need_weights else None, single, dtype)
 
@@ -175,7 +176,11 @@ def monotonic_attention(
         choose = energies.sigmoid()
     if attend_to is not None:
         choose = choose.masked_fill(~attend_to, 0)
-    weights = reference.alignment.monotonic_alignment(choose, None if previous is None else previous.to(choose.dtype))
+    if previous is None:
+        previous = choose.new_zeros(batch, source)
+        previous[:, :1] = 1
+    align = ops.alignment.monotonic if choose_backend(choose, backend) == "cpu" else alignment.monotonic_alignment
+    weights = align(choose, previous.to(choose.dtype))
     context = context_of(weights.to(values.dtype), values, lengths, mask, weighting_of(None))
     return finish(context, weights if need_weights else None, single, dtype)
 

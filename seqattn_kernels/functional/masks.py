@@ -70,19 +70,22 @@ def _absolute(lengths: Tensor, batch: int, source: int, device: torch.device) ->
     visible = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     if relative:
         if visible:
-            _check_values(lengths, (lengths >= 0) & (lengths <= 1), "fractions in [0, 1], lengths over S of keys")
+            _check_values(lengths, 1, "fractions in [0, 1], lengths over S of keys")
         wide = lengths if lengths.dtype in (torch.float32, torch.float64) else lengths.float()
         lengths = (wide * source).round().nan_to_num().clamp(0, source)
     elif visible:
-        _check_values(lengths, (lengths >= 0) & (lengths <= source), f"values in [0, {source}] (S of keys)")
+        _check_values(lengths, source, f"values in [0, {source}] (S of keys)")
     if lengths.dtype != torch.int64 or lengths.device != device:
         lengths = lengths.to(device, torch.int64)
     return lengths
 
 
-def _check_values(lengths: Tensor, right: Tensor, expected: str) -> None:
-    if not right.all():
-        place = int((~right).int().argmax())
+def _check_values(lengths: Tensor, most: int, expected: str) -> None:
+    if not lengths.numel():
+        return
+    smallest, largest = lengths.aminmax()
+    if not (smallest.item() >= 0 and largest.item() <= most):  # NaN is neither
+        place = int((~((lengths >= 0) & (lengths <= most))).int().argmax())
         raise ValueError(f"lengths: expected {expected}, got {lengths[place].item():g} at [{place}]")
 
 

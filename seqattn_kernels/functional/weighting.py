@@ -60,6 +60,13 @@ class Weighting:
 
 
 SOFTMAX = Weighting()
+_PLAIN = {kind: Weighting(kind) for kind in NORMALIZERS}
+
+
+def _weighting(kind: str, scale: float, temperature: float, fill: float, empty_rows: str) -> Weighting:
+    if scale == 1 and temperature == 1 and fill == -math.inf and empty_rows == "zeros":
+        return _PLAIN[kind]  # making one takes longer than a row's softmax
+    return Weighting(kind, scale, temperature, fill, empty_rows)
 
 
 def weighting_of(given: Weighting | str | None) -> Weighting:
@@ -155,7 +162,7 @@ def masked_softmax(
     Raises:
         ValueError, TypeError: an argument of the wrong shape or type; the message names it.
     """
-    weighting = Weighting("softmax", scale, temperature, fill, empty_rows)
+    weighting = _weighting("softmax", scale, temperature, fill, empty_rows)
     return _normalized(weighting, scores, lengths, mask, mask_polarity, causal, backend)
 
 
@@ -188,7 +195,7 @@ def _sparse(
     fill: float = -math.inf,
     empty_rows: str = "zeros",
 ) -> Tensor:
-    weighting = Weighting(kind, scale, temperature, fill, empty_rows)
+    weighting = _weighting(kind, scale, temperature, fill, empty_rows)
     return _normalized(weighting, scores, lengths, mask, mask_polarity, causal, backend)
 
 

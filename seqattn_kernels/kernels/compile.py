@@ -8,14 +8,9 @@ Prints registers, spills, shared memory, and what the inner loop is made of. Exi
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -23,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqattn_kernels.kernels import tiles
-from seqattn_kernels.kernels.exponentials import exponentials_kernel
+from seqattn_kernels.kernels.disassembly import Listing, listing
+from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
 from seqattn_kernels.kernels.rows import normalize_bwd_kernel, normalize_fwd_kernel
 from seqattn_kernels.kernels.score_backward import scores_bwd_kernel
 from seqattn_kernels.kernels.score_forward import scores_fwd_kernel
@@ -62,147 +58,124 @@ INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
 NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
+# An H200: instructions its 528 schedulers issue and special functions its multiprocessors compute in a second, a lane
+# each.
+ISSUED = 528 * 32 * 1.98e9
+SPECIAL = 132 * 16 * 1.98e9
+BAR = 64 * 512 * 512 * 512  # terms of the forward pass whose time is predicted: B, T, S, A
+
+
 @dataclass
 class Configuration:
-    """One kernel as the launcher would call it. elements: of [T, S] or [N, A] that an inner iteration serves."""
+    """One kernel as the launcher would call it. terms: of [T, S, A] that an iteration of the inner loop serves."""
 
     name: str
     kernel: Any
     constants: dict[str, Any]
     warps: int
     dtype: str = "fp32"
-
-    elements: int = 0
+    terms: int = 0
     types: dict[str, str] = field(default_factory=dict)
     options: dict[str, int] = field(default_factory=dict)
 
 
-def configurations() -> Iterator[Configuration]:
-    additive, dot = SCORES["additive"], SCORES["dot"]
-    plain = {"lengths": None, "used": None, "mask": None}
-    for dtype in ("fp32", "bf16"):
-        yield Configuration(
-            "exponentials of queries",
-            exponentials_kernel,
-            dict(BLOCK=16, GROUP=16, UNROLL=16, V_COLUMNS=512, COLUMNS=64, **plain),
-            4,
-            dtype,
-        )
-        for block in (1, 128):
-            yield Configuration(
-                f"exponentials of keys, block {block}",
-                exponentials_kernel,
-                dict(v=None, coefficients=None, GROUP=32, BLOCK=block, UNROLL=16, V_COLUMNS=512, COLUMNS=64, mask=None),
-                4,
-                dtype,
-            )
-        for f in tiles.FORWARD_TILES:
-            yield Configuration(
-                f"scores_fwd {f.T}x{f.S}, {f.stages} stages of {f.unroll}, at most {f.registers or 255}",
-                scores_fwd_kernel,
-                dict(
-                    FORWARD=additive.forward,
-                    MERGED=True,
-                    T_BLOCK=f.T,
-                    S_BLOCK=f.S,
-                    UNROLL=f.unroll,
-                    COLUMNS=512,
-                    STAGES=f.stages,
-                    Q_GROUP=min(f.T, 32),
-                    K_GROUP=32,
-                    lengths=None,
-                ),
-                f.warps,
-                dtype,
-                f.T * f.S * f.unroll,
-                options=f.limits(),
-            )
-        for g in tiles.BACKWARD_TILES:
-            for own_query in (True, False):
-                constants = dict(
-                    FORWARD=additive.forward,
-                    GRADIENT=additive.gradient,
-                    MERGED=True,
-                    OWN_QUERY=own_query,
-                    WITH_V=own_query,
-                    N_BLOCK=g.N,
-                    A_BLOCK=g.A,
-                    STAGES=g.stages,
-                    ROWS=g.rows,
-                    GROUP_ROWS=32,
-                    used=None,
-                )
-                constants |= {"m_step": 1} if own_query else {"n_step": 1, "d_v": None}
-                side = "query and v" if own_query else "keys"
-                yield Configuration(
-                    f"scores_bwd of {side}, {g.N}x{g.A}, {g.stages} stages of {g.rows}",
-                    scores_bwd_kernel,
-                    constants,
-                    g.warps,
-                    dtype,
-                    g.N * g.A * g.rows,
-                    options=g.limits(),
-                )
-        for kind in ("softmax", "sparsemax", "entmax15", "sigmoid"):
-            for added in (None, True, False):
-                mask = {"mask": None} if added is None else {}
-                yield Configuration(
-                    f"normalize_fwd {kind}, " + {None: "no mask", True: "added", False: "boolean"}[added],
-                    normalize_fwd_kernel,
-                    dict(KIND=kind, ADDED=bool(added), SCALED=True, FILLED=False, ZERO_EMPTY=True, BLOCK=1024, **mask),
-                    2,
-                    dtype,
-                    types={} if added is None else {"mask": "*fp32" if added else "*u8"},
-                )
-            yield Configuration(
-                f"normalize_bwd {kind}",
-                normalize_bwd_kernel,
-                dict(KIND=kind, ADDED=False, BLOCK=1024, mask=None),
-                2,
-                dtype,
-            )
-        for step in tiles.STEP_TILES:
-            block = step.elements // 512
-            constants = dict(
-                FORWARD=additive.forward,
-                QUICK=additive.quick,
-                ADDED=False,
-                S_BLOCK=block,
-                A_BLOCK=512,
-                D_BLOCK=512,
-                WHOLE=step.programs == 256,
-                STAGES=step.stages,
-                mask=None,
-            )
-            name = f"step_fwd {step.elements}, {step.stages} stages, {step.warps} warps"
-            yield Configuration(name, step_fwd_kernel, constants, step.warps, dtype, step.elements)
-        for step in tiles.STEP_BACKWARD_TILES:
-            constants = dict(
-                FORWARD=additive.forward,
-                GRADIENT=additive.gradient,
-                QUICK=additive.quick,
-                S_BLOCK=step.elements // 512,
-                A_BLOCK=512,
-                STAGES=step.stages,
-                used=None,
-            )
-            name = f"step_bwd {step.elements}, {step.stages} stages, {step.warps} warps"
-            yield Configuration(name, step_bwd_kernel, constants, step.warps, dtype, step.elements)
+def configurations(tuning: bool) -> Iterator[Configuration]:
+    """What is compiled; with `tuning`, in every tile size of the table, not only the one that is taken."""
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        yield from _exponentials(dtype)
+        for forward in tiles.FORWARD_TILES if tuning else [tiles.FORWARD]:
+            yield _scores_fwd(forward, dtype)
+        for backward in tiles.BACKWARD_TILES if tuning else [tiles.BACKWARD[size]]:
+            yield from _scores_bwd(backward, dtype)
+        yield from _rows(dtype)
+        for step in tiles.STEP_TILES if tuning else [tiles.STEP[size]]:
+            yield from _step_fwd(step, dtype)
+        for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD[size]]:
+            yield _step_bwd(step, dtype)
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
+    yield from _any_score()
+
+
+def _exponentials(dtype: str) -> Iterator[Configuration]:
+    for name, block in (("queries", tiles.FORWARD.T), ("keys", tiles.FORWARD.S), ("either side, backward", 1)):
+        group = group_of(block)
+        constants: dict[str, Any] = dict(BLOCK=block, GROUP=group, UNROLL=UNROLL, V_COLUMNS=512, COLUMNS=2048 // group)
+        if name != "queries":
+            constants |= dict(v=None, coefficients=None)
+        yield Configuration(f"exponentials of {name}", exponentials_kernel, constants, 4, dtype)
+
+
+def _scores_fwd(tile: tiles.ForwardTile, dtype: str) -> Configuration:
     constants = dict(
-        FORWARD=dot.forward,
-        MERGED=False,
-        T_BLOCK=32,
-        S_BLOCK=128,
-        UNROLL=16,
-        COLUMNS=16,
-        Q_GROUP=32,
-        K_GROUP=32,
-        STAGES=1,
-        lengths=None,
-    )
-    constants |= dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_spans", "k_spans", "v"])
-    yield Configuration("scores_fwd of any score", scores_fwd_kernel, constants, 4)
+        FORWARD=SCORES["additive"].forward, MERGED=True, T_BLOCK=tile.T, S_BLOCK=tile.S, UNROLL=tile.unroll,
+        COLUMNS=512, BY_THREE=tile.by_three, STAGES=tile.stages, Q_GROUP=group_of(tile.T), K_GROUP=group_of(tile.S),
+    )  # fmt: skip
+    name = f"scores_fwd {tile.T}x{tile.S}, {tile.stages} x {tile.unroll} columns, by {3 if tile.by_three else 4}"
+    terms = tile.T * tile.S * tile.unroll
+    return Configuration(name, scores_fwd_kernel, constants, tile.warps, dtype, terms, options=tile.limits())
+
+
+def _scores_bwd(tile: tiles.BackwardTile, dtype: str) -> Iterator[Configuration]:
+    score = SCORES["additive"]
+    for own_query in (True, False):
+        constants = dict(
+            FORWARD=score.forward, GRADIENT=score.gradient, MERGED=True, OWN_QUERY=own_query, WITH_V=own_query,
+            N_BLOCK=tile.N, A_BLOCK=tile.A, STAGES=tile.stages, ROWS=tile.rows, GROUP_ROWS=GROUP,
+        )  # fmt: skip
+        constants |= {"m_step": 1} if own_query else {"n_step": 1, "d_v": None}
+        side = "query, v" if own_query else "keys"
+        name = f"scores_bwd {side} {tile.N}x{tile.A}, {tile.stages} x {tile.rows} rows"
+        terms = tile.N * tile.A * tile.rows
+        yield Configuration(name, scores_bwd_kernel, constants, tile.warps, dtype, terms, options=tile.limits())
+
+
+def _rows(dtype: str) -> Iterator[Configuration]:
+    for kind in ("softmax", "sparsemax", "entmax15", "sigmoid"):
+        for mask, type in (("no mask", None), ("added mask", "*" + dtype), ("boolean mask", "*u8")):
+            constants = dict(KIND=kind, ADDED=mask == "added mask", BLOCK=1024) | ({} if type else {"mask": None})
+            types = {"mask": type} if type else {}
+            forward = constants | dict(SCALED=True, FILLED=True, ZERO_EMPTY=True)
+            yield Configuration(
+                f"normalize_fwd {kind}, {mask}", normalize_fwd_kernel, forward, 2, dtype, types=types
+            )  # fmt: skip
+            yield Configuration(f"normalize_bwd {kind}, {mask}", normalize_bwd_kernel, constants, 2, dtype, types=types)
+
+
+def _step_fwd(tile: tiles.StepTile, dtype: str) -> Iterator[Configuration]:
+    for whole in (True, False):
+        constants = dict(
+            FORWARD=SCORES["additive"].forward, QUICK=SCORES["additive"].quick, ADDED=False,
+            S_BLOCK=tile.elements // 512, A_BLOCK=512, D_BLOCK=512, WHOLE=whole, STAGES=tile.stages, mask=None,
+        )  # fmt: skip
+        name = f"step_fwd {'whole' if whole else 'split'} {tile.elements}, {tile.stages} stages"
+        yield Configuration(name, step_fwd_kernel, constants, tile.warps, dtype, tile.elements)
+
+
+def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:
+    score = SCORES["additive"]
+    constants = dict(
+        FORWARD=score.forward, GRADIENT=score.gradient, QUICK=score.quick, S_BLOCK=tile.elements // 512, A_BLOCK=512,
+        STAGES=tile.stages,
+    )  # fmt: skip
+    name = f"step_bwd {tile.elements}, {tile.stages} stages"
+    return Configuration(name, step_bwd_kernel, constants, tile.warps, dtype, tile.elements)
+
+
+def _any_score() -> Iterator[Configuration]:
+    """The form that knows nothing of the score but its two functions."""
+    dot, forward, backward = SCORES["dot"], tiles.FORWARD, tiles.BACKWARD[4]
+    absent: dict[str, Any] = dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_spans", "k_spans", "v"])
+    constants = dict(
+        FORWARD=dot.forward, MERGED=False, T_BLOCK=forward.T, S_BLOCK=forward.S, UNROLL=16, COLUMNS=16, STAGES=1,
+        Q_GROUP=16, K_GROUP=32,
+    )  # fmt: skip
+    yield Configuration("scores_fwd of any score", scores_fwd_kernel, constants | absent, forward.warps)
+    absent = dict.fromkeys(["own_exp", "other_exp", "own_spans", "other_spans", "v", "d_v"])
+    constants = dict(
+        FORWARD=dot.forward, GRADIENT=dot.gradient, MERGED=False, OWN_QUERY=True, WITH_V=False, N_BLOCK=backward.N,
+        A_BLOCK=backward.A, STAGES=1, ROWS=backward.rows, GROUP_ROWS=GROUP,
+    )  # fmt: skip
+    yield Configuration("scores_bwd of any score", scores_bwd_kernel, constants | absent, backward.warps)
 
 
 def compiled(configuration: Configuration, target: GPUTarget) -> Any:
@@ -227,97 +200,34 @@ def compiled(configuration: Configuration, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options={"num_warps": configuration.warps, **configuration.options})
 
 
-@dataclass
-class Listing:
-    registers: int
-    spilled: int  # bytes a thread, or registers on AMD
-    shared: int
-    loop: Counter[str]  # of the loop with most special functions
-
-
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def listing(kernel: Any, target: GPUTarget) -> Listing:
-    shared = kernel.metadata.shared
-    if target.backend == "hip":
-        text = kernel.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-        spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-        return Listing(registers, spilled, shared, loop_of(amd_instructions(text), ("v_rcp", "v_exp")))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = run([tool("cuobjdump"), "-res-usage", file.name])
-        sass = run([tool("cuobjdump"), "-sass", file.name])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
-    return Listing(int(found[1]), int(found[2]), shared, loop_of(nvidia_instructions(sass), ("MUFU",)))
-
-
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-Instruction = tuple[int, str, int | None]  # address, name, where it jumps back to
-
-
-def nvidia_instructions(sass: str) -> list[Instruction]:
-    found = []
-    for address, name, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", sass):
-        goal = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        found.append((int(address, 16), name.split(".")[0], int(goal[1], 16) if goal else None))
-    return found
-
-
-def amd_instructions(text: str) -> list[Instruction]:
-    found: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(found)
-        elif name := re.match(r"\s+([a-z]\w+)(?:\s+(\S+))?", line):
-            goal = labels.get(name[2]) if name[1].startswith(("s_cbranch", "s_branch")) and name[2] else None
-            found.append((len(found), name[1], goal))
-    return found
-
-
-def loop_of(instructions: list[Instruction], special: tuple[str, ...]) -> Counter[str]:
-    """What the fast path's innermost loop is made of: most special functions, hardly a comparison."""
-    loops = []
-    for address, _, goal in instructions:
-        if goal is not None and goal < address:
-            body = Counter(name for at, name, _ in instructions if goal <= at <= address)
-            count = sum(n for name, n in body.items() if name.startswith(special))
-            compares = sum(n for name, n in body.items() if name.startswith(("FMNMX", "FSETP", "v_min", "v_cmp")))
-            if count:
-                loops.append((compares > count / 4, -count, body))
-    return min(loops, key=lambda x: x[:2])[2] if loops else Counter()
+def described(c: Configuration, found: Listing, target: GPUTarget) -> str:
+    line = f"{c.name:46}{c.dtype:5}{found.registers:4} regs {found.spilled:4} spilled {found.shared:6} B"
+    if not c.terms or not found.loop:
+        return line
+    issued = found.loop.total() * target.warp_size * c.warps / c.terms
+    line += f" | {issued:5.2f} a term"
+    if c.name.startswith("scores") and target == TARGETS["sm_90"]:
+        line += f", {1e3 * BAR * issued / ISSUED:.2f} ms (a tanh each: {1e3 * BAR / SPECIAL:.2f})"
+    return line + ": " + ", ".join(f"{n} {op}" for op, n in found.loop.most_common(7))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=TARGETS, action="append")
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel ahead of time; print registers, spills, shared memory, the inner loop, the "
+        "time that its instructions take at (B, T, S, A) = (64, 512, 512, 512) on an H200 when one issues every cycle."
+    )
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all by default")
     parser.add_argument("--match", default="", help="only configurations whose name holds this")
+    parser.add_argument("--tuning", action="store_true", help="every tile size of the table, of which some may spill")
     options = parser.parse_args()
     failed = 0
     for name in options.target or TARGETS:
         target = TARGETS[name]
-        for c in configurations():
-            if options.match not in c.name:
-                continue
-            found = listing(compiled(c, target), target)
-            line = (
-                f"{name:7}{c.name:50}{c.dtype:5}{found.registers:4} regs {found.spilled:4} spilled {found.shared:6} B"
-            )
-            if c.elements and found.loop:
-                lanes = target.warp_size * c.warps
-                line += f" | {found.loop.total() * lanes / c.elements:.2f} a term: "
-                line += ", ".join(f"{n} {op}" for op, n in found.loop.most_common(7))
-            print(line, flush=True)
-            failed += found.spilled > 0
+        for c in configurations(options.tuning):
+            if options.match in c.name:
+                found = listing(compiled(c, target), target)
+                print(f"{name:7}" + described(c, found, target), flush=True)
+                failed += found.spilled > 0
     if failed:
         print(f"{failed} kernels spill", file=sys.stderr)
     return 1 if failed else 0

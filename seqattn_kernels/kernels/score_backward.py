@@ -306,9 +306,10 @@ def scores_bwd(
     keys: Tensor,
     v: Tensor | None,
     masks: Masks = EVERYTHING,
-    tile: tiles.BackwardTile = tiles.BACKWARD,
+    tile: tiles.BackwardTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, keys and v. d_scores [B, T, S] must be zero where a query doesn't attend."""
+    tile = tile or tiles.BACKWARD[query.element_size()]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     d_scores = d_scores.contiguous()
     (batch, steps, width), source = query.shape, keys.shape[1]

@@ -23,16 +23,16 @@ from seqattn_kernels.kernels.scores import Score, additive_bounded, additive_mer
 
 
 @triton.constexpr_function
-def threes_of(unroll):
+def threes_of(unroll, by_three):
     """Columns of `unroll` that are merged by three; the rest, by four. unroll is 4, 8 or 16."""
-    return unroll - 4 * (unroll % 3)
+    return unroll - 4 * (unroll % 3) if by_three else 0
 
 
 @triton.jit
-def exponent_of(top, bits, UNROLL: tl.constexpr, COLUMNS: tl.constexpr):
+def exponent_of(top, bits, UNROLL: tl.constexpr, BY_THREE: tl.constexpr, COLUMNS: tl.constexpr):
     """log2 of the largest product that `merged_tile` makes, from the largest q + k and log2(1/v) of each column."""
     each = tl.reshape(bits_of(top) + bits, (COLUMNS // UNROLL, UNROLL))
-    threes: tl.constexpr = threes_of(UNROLL)
+    threes: tl.constexpr = threes_of(UNROLL, BY_THREE)
     i = tl.arange(0, UNROLL)
     group = tl.where(i < threes, i // 3, threes // 3 + (i - threes) // 4)[None, :]
     most = 0.0
@@ -50,6 +50,7 @@ def merged_tile(
     T_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    BY_THREE: tl.constexpr,
     STAGES: tl.constexpr,
     TARGET: tl.constexpr,
 ):
@@ -58,7 +59,7 @@ def merged_tile(
     k += tl.arange(0, S_BLOCK)
     acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
     for _ in tl.range(0, AP, UNROLL, num_stages=STAGES):
-        threes: tl.constexpr = threes_of(UNROLL)
+        threes: tl.constexpr = threes_of(UNROLL, BY_THREE)
         for i in tl.static_range(0, threes, 3):
             q0 = tl.load(q + i * T_BLOCK)[:, None]
             q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
@@ -149,6 +150,7 @@ def scores_fwd_kernel(
     T_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    BY_THREE: tl.constexpr,  # reciprocals merge by three as far as they go, or by four
     STAGES: tl.constexpr,  # of the pipeline that brings columns into shared memory
     COLUMNS: tl.constexpr,  # power of two, at least AP
     Q_GROUP: tl.constexpr,
@@ -180,12 +182,16 @@ def scores_fwd_kernel(
         q_top, q_low = span_of(q_spans, q_groups, a, AP, COLUMNS, q_groups)
         k_top, k_low = span_of(k_spans, k_groups, a, AP, COLUMNS, k_groups)
         bits = tl.load(end + a, mask=a < AP, other=0.0)
-        form = form_of(size_of(q_top, q_low), size_of(k_top, k_low), exponent_of(q_top + k_top, bits, UNROLL, COLUMNS))
+        form = form_of(
+            size_of(q_top, q_low), size_of(k_top, k_low), exponent_of(q_top + k_top, bits, UNROLL, BY_THREE, COLUMNS)
+        )
         scale = -2.0 * tl.load(end + AP)
         q_tile = q_exp + (b * t_blocks + t_block) * AP * T_BLOCK
         k_tile = k_exp + (b * s_blocks + s_block) * AP * S_BLOCK
         if form == 0:
-            acc = scale * merged_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, STAGES, TARGET)
+            acc = scale * merged_tile(
+                q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, BY_THREE, STAGES, TARGET
+            )
         elif form == 1:
             acc = scale * bounded_tile(q_tile, k_tile, coefficients, AP, T_BLOCK, S_BLOCK, UNROLL, TARGET)
         else:
@@ -238,6 +244,7 @@ def scores_fwd(
             T_BLOCK=tile.T,
             S_BLOCK=tile.S,
             UNROLL=tile.unroll,
+            BY_THREE=tile.by_three,
             STAGES=tile.stages,
             COLUMNS=triton.next_power_of_2(padded(max(width, 1), tile.unroll)),
             Q_GROUP=group_of(tile.T),

@@ -230,7 +230,7 @@ def step_fwd(
     values: Tensor,
     masks: Masks,
     need_weights: bool,
-    tile: tiles.StepTile = tiles.STEP,
+    tile: tiles.StepTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of a few queries [B, T, A] for each batch element: context [B, T, D], weights [B, T, S]."""
     (batch, steps, _), source, depth = query.shape, keys.shape[1], values.shape[2]
@@ -239,7 +239,9 @@ def step_fwd(
     if batch == 0 or source == 0 or steps == 0:
         return context.zero_(), weights
     scores = query.new_empty(batch, steps, source, dtype=torch.float32) if need_weights else None
-    partial = _step(score, query, keys, v, values, masks, scores, context, weights, tile)
+    partial = _step(
+        score, query, keys, v, values, masks, scores, context, weights, tile or tiles.STEP[keys.element_size()]
+    )
     if partial is not None:
         splits, join = partial.shape[2], min(128, triton.next_power_of_2(max(depth, 16)))
         with on_device(query):
@@ -265,7 +267,7 @@ def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> 
     """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
     scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
     if scores.numel():
-        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tiles.STEP)
+        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tiles.STEP[keys.element_size()])
     return scores
 
 
@@ -335,13 +337,14 @@ def step_bwd(
     keys: Tensor,
     v: Tensor | None,
     masks: Masks,
-    tile: tiles.StepTile = tiles.STEP_BACKWARD,
+    tile: tiles.StepTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
     (batch, width), source = query.shape, keys.shape[1]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     if batch == 0 or source == 0 or width == 0:
         return torch.zeros_like(query), torch.zeros_like(keys), None if v is None else torch.zeros_like(v)
+    tile = tile or tiles.STEP_BACKWARD[keys.element_size()]
     d_keys = torch.empty_like(keys)
     a_block = triton.next_power_of_2(max(width, 16))
     block = max(1, min(32, tile.elements // a_block))

@@ -22,6 +22,7 @@ class ForwardTile(Limits):
     warps: int
     stages: int = 1
     registers: int | None = None
+    by_three: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,37 @@ class StepTile:
     programs: int  # that fill the GPU
 
 
-FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4, registers=96)
-BACKWARD = BackwardTile(N=32, A=128, warps=4, stages=3, rows=8)
-STEP = StepTile(elements=8192, warps=4, stages=3, programs=256)
-STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=1, programs=2048)
+FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4)
+# By the bytes of an element of the inputs.
+BACKWARD = {4: BackwardTile(N=16, A=128, warps=4), 2: BackwardTile(N=32, A=128, warps=4, stages=3, rows=8)}
+STEP = {
+    4: StepTile(elements=4096, warps=4, stages=3, programs=256),
+    2: StepTile(elements=8192, warps=4, stages=3, programs=256),
+}
+STEP_BACKWARD = {
+    4: StepTile(elements=4096, warps=4, stages=1, programs=2048),
+    2: StepTile(elements=4096, warps=4, stages=1, programs=2048),
+}
 
-# What `compile.py` compiles and a tuning run may try.
+# What a tuning run tries.
 FORWARD_TILES = [
     FORWARD,
-    ForwardTile(16, 128, 16, 4, 1),
+    ForwardTile(16, 128, 16, 4, 1, 96),
+    ForwardTile(16, 128, 8, 4, 1),
     ForwardTile(16, 128, 16, 4, 2),
     ForwardTile(32, 128, 16, 4, 1, 168),
-    ForwardTile(32, 128, 16, 4, 2),
+    ForwardTile(32, 128, 8, 4, 1, 168),
 ]
 BACKWARD_TILES = [
-    BACKWARD,
-    BackwardTile(32, 128, 4, 3, 8, 168),
-    BackwardTile(16, 128, 4, 3, 8),
     BackwardTile(16, 128, 4, 1, 4),
+    BackwardTile(32, 128, 4, 3, 8),
+    BackwardTile(16, 128, 4, 3, 8),
+    BackwardTile(16, 128, 4, 1, 8),
     BackwardTile(16, 128, 4, 2, 4),
-    BackwardTile(32, 128, 4, 2, 4, 168),
+    BackwardTile(32, 128, 4, 1, 4),
 ]
 STEP_TILES = [
-    STEP,
+    StepTile(8192, 4, 3, 256),
     StepTile(4096, 4, 3, 256),
     StepTile(4096, 2, 3, 512),
     StepTile(4096, 4, 4, 256),
@@ -72,8 +81,9 @@ STEP_TILES = [
     StepTile(8192, 4, 2, 256),
 ]
 STEP_BACKWARD_TILES = [
-    STEP_BACKWARD,
+    StepTile(4096, 4, 1, 2048),
     StepTile(4096, 4, 3, 1024),
     StepTile(4096, 4, 2, 1024),
     StepTile(2048, 4, 1, 2048),
+    StepTile(8192, 8, 1, 1024),
 ]

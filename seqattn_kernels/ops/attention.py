@@ -50,6 +50,8 @@ if native.extension is not None:
 class AdditiveFunction(torch.autograd.Function):
     """Additive attention with gradients. Saves its inputs and the weights; backward computes the scores' part again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(query, keys, packed, values, v, lengths, mask):
         return torch.ops.seqattn.additive_fwd.default(query, keys, packed, values, v, lengths, mask, True)

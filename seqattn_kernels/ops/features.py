@@ -27,6 +27,8 @@ if native.extension is not None:
 class FeatureFunction(torch.autograd.Function):
     """Saves its inputs and the weights."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(inner, input, lengths, mask, reduce):
         return torch.ops.seqattn.feature_fwd.default(inner, input, lengths, mask, reduce)

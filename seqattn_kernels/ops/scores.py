@@ -6,7 +6,6 @@ of these two; additive attention as such is one operator, in `seqattn_kernels.op
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function
 
 
@@ -37,30 +37,43 @@ def _register_fakes() -> None:
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
+
+def _register_fake_context() -> None:
     @torch.library.register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
+if native.extension is not None:
+    _register_fake_context()
 
 
-_ON_CPU: tuple[str, ...] = () if native.extension is None else tuple(native.extension.scores())
+# The scores that kernels exist for, by whether the device is a CPU. A test holds them against the kernels' tables.
+_KINDS: dict[bool, list[str]] = {
+    True: [] if native.extension is None else list(native.extension.scores()),
+    False: ["additive", "dot"],
+}
 
 
-def native_kinds(device: str) -> tuple[str, ...]:
+def native_kinds(device: str) -> list[str]:
     """The scores that a kernel exists for on devices of this type."""
-    return _ON_CPU if device == "cpu" else tuple(reference.attention.SCORES)
+    return _KINDS[device == "cpu"]
 
 
 def register_kernel(name: str, triton: Any) -> None:
     """A fused kernel on GPUs for the score of this name: a pair of Triton functions, term and gradients."""
-    importlib.import_module("seqattn_kernels.kernels.scores").register(name, triton)
+    from seqattn_kernels.kernels import scores as kernels  # needs Triton
+
+    kernels.register(name, triton)
+    _KINDS[False].append(name)
 
 
 class ScoresFunction(torch.autograd.Function):
     """Scores with gradients. Saves its inputs alone."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(kind, query, keys, v, features, feature_weight, lengths):
@@ -134,6 +147,8 @@ def scores(
 class NormalizeFunction(torch.autograd.Function):
     """Weights with gradients. Saves the weights; the scores only for a second derivative's sake."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
         return torch.ops.seqattn.normalize_fwd.default(
@@ -185,6 +200,8 @@ def normalize(
 
 class ContextFunction(torch.autograd.Function):
     """Weights times values, with gradients; what has no weight has no part in either."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weights, values):
