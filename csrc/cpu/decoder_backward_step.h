@@ -404,23 +404,13 @@ class DecoderBackward {
   }
 
   void score_gradients(int64_t t) {
+    if (p_.score == DecoderScore::dot) return dot_gradients(t);
     int64_t ready = -1;
     for_each_column([&](int64_t i, int64_t a, int64_t item) {
-      const int64_t b = b0_ + i, length = p_.attention.length(b), left = p_.A - a;
+      const int64_t length = p_.attention.length(b0_ + i);
       T* out = s_.d_query + row(i, t) * s_.ld_query + a;
       if (ready != i) softmax_gradient(i, t, length);
       ready = i;
-      if (p_.score == DecoderScore::dot) {
-        if (a == 0) {
-          T* kept = s_.d_scores + row(i, t) * s_.ld_source;
-          for (int64_t s = 0; s < length; s += W) store(kept + s, load(own_.scores + s) * p_.scale);
-        }
-        store(out, Vec<T>{});
-        context_rows<T, 1, false>(own_.scores, p_.S, p_.attention.keys + b * p_.S * p_.A + a, p_.A, nullptr, length,
-                                  out, left < W ? left : W);
-        store(out, load(out) * p_.scale);
-        return;
-      }
       T dq[W] = {};
       Columns<T> c{s_.q + (item * p_.chunk_steps + t - t0_) * W, s_.k + item * p_.S * W, dq, s_.dk + item * p_.S * W,
                    load(s_.dv + item * W)};
@@ -435,6 +425,22 @@ class DecoderBackward {
       store(s_.dv + item * W, c.dv);
       store(out, factor(a, slope) * load(dq));
     });
+  }
+
+  void dot_gradients(int64_t t) {
+    int64_t item, end;
+    team_.share(n_ * s_.columns, &item, &end);
+    while (item < end) {
+      const int64_t i = item / s_.columns, first = item % s_.columns, b = b0_ + i, length = p_.attention.length(b);
+      const int64_t stop = s_.columns - first < end - item ? s_.columns : first + end - item;
+      const int64_t a = first * W, width = (stop * W < p_.A ? stop * W : p_.A) - a;
+      item += stop - first;
+      softmax_gradient(i, t, length);
+      for (int64_t s = 0; s < length; s += W) store(own_.scores + s, load(own_.scores + s) * p_.scale);
+      if (first == 0) copy(s_.d_scores, row(i, t) * s_.ld_source, own_.scores, length);
+      context_rows<T, 1, false>(own_.scores, p_.S, p_.attention.keys + b * p_.S * p_.A + a, p_.A, nullptr, length,
+                                s_.d_query + row(i, t) * s_.ld_query + a, width);
+    }
   }
 
   Vec<T> factor(int64_t a, Slope slope) const {
