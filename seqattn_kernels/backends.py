@@ -142,13 +142,15 @@ def _torch_why_not(request: Request) -> str | None:
 
 def decoder_why_not(request: DecoderRequest) -> str | None:
     """Why one native operator can't run all steps of a decoder, or None."""
+    if request.unserved is not None:
+        return f"the operator of all steps doesn't have {request.unserved}"
     if native.why_not() is not None:
         return native.why_not()
     if request.device.type != "cpu":
         return f"the CPU kernels take CPU tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return None if request.unserved is None else f"the operator of all steps doesn't have {request.unserved}"
+    return None
 
 
 def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:

@@ -223,4 +223,6 @@ void decoder_backward_scratch(DecoderProblem<T>* p) {
 }  // namespace
 }  // namespace seqattn::SEQATTN_ISA
 
+#include "decoder_backward_rows.h"
 #include "decoder_backward_step.h"
+#include "decoder_backward_weights.h"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seqattn_kernels.decoding import Hypothesis, beam_search, greedy_search
 from seqattn_kernels.demo.data import END, MAX_PHONEMES, START, Pronunciations
@@ -21,19 +20,15 @@ def transcribe(
     hypotheses: dict[int, Hypothesis] = {}
     order = sorted(range(len(words)), key=lambda i: len(words[i]))
 
-    def step(tokens: Tensor, hidden: Tensor, memory: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        logits, hidden, weights = model.decoder(tokens, hidden, *memory)
-        return logits.log_softmax(dim=1), hidden, weights
-
     with torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             chunk = order[begin : begin + batch_size]
-            hidden, *memory = model.encode(*data.encode_words([words[i] for i in chunk]))
+            step, state, memory = model.searcher(*data.encode_words([words[i] for i in chunk]))
             options: dict[str, Any] = {"start": START, "end": END, "max_length": MAX_PHONEMES + 2, "memory": memory}
             if beam is None:
-                found = greedy_search(step, hidden, **options)
+                found = greedy_search(step, state, **options)
             else:
-                found = [best for best, *_ in beam_search(step, hidden, beam=beam, **options)]
+                found = [best for best, *_ in beam_search(step, state, beam=beam, **options)]
             hypotheses.update(zip(chunk, found, strict=True))
     return [hypotheses[i] for i in range(len(words))]
 

@@ -90,6 +90,16 @@ class G2P(nn.Module):
         mask = torch.arange(letters.size(1)) < lengths.unsqueeze(1)
         return torch.tanh(self.bridge(last)), keys, values, mask
 
+    def searcher(self, letters: Tensor, lengths: Tensor) -> tuple:
+        """A step function for the words, its first state and what stays: see seqattn_kernels.decoding."""
+        hidden, *memory = self.encode(letters, lengths)
+
+        def step(phoneme: Tensor, hidden: Tensor, memory: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            logits, hidden, weights = self.decoder(phoneme, hidden, *memory)
+            return logits.log_softmax(dim=1), hidden, weights
+
+        return step, hidden, memory
+
     def forward(self, letters: Tensor, lengths: Tensor, phonemes: Tensor) -> Tensor:
         """Teacher forcing: letters [B, S], lengths [B], right phonemes shifted by one [B, T] -> logits [B, T, V]."""
         hidden, keys, values, mask = self.encode(letters, lengths)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import seqattn_kernels as sk
 from seqattn_kernels.decoding import Hypothesis
-from seqattn_kernels.demo import attention
+from seqattn_kernels.demo import attention, decoder
 from seqattn_kernels.demo.data import Pronunciations, load_dictionary
 from seqattn_kernels.demo.evaluate import error_rates, transcribe
 from seqattn_kernels.demo.model import G2P
@@ -65,6 +65,7 @@ def run(
     stock = G2P(len(data.letters), len(data.phonemes), settings.embedding, settings.hidden, settings.dropout)
     model = copy.deepcopy(stock)
     attention.register()
+    decoder.register()
     model = sk.accelerate(model)
     console.print(sk.report(model))
 

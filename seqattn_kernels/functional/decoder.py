@@ -84,8 +84,8 @@ def attention_decoder(
             that the next step and all else then sees (Tacotron 2); of the attentional vector.
         zoneout: probability with which a unit keeps h and c of the step before (Krueger et al., 2016); without
             ``training``, its expectation.
-        backend: "cpu" or "cuda" (all steps in one operator), "composed" (a step at a time from the package's operators) or
-            "reference" (plain torch); None chooses.
+        backend: "cpu" or "cuda" (all steps in one operator), "composed" (a step at a time from the package's operators)
+            or "reference" (plain torch); None chooses.
 
     Returns:
         DecoderOutput(output, state, weights, contexts). A row that may attend to nothing has zero weights and contexts.

@@ -107,7 +107,9 @@ def begin(
 
 def why_not(decoder: Decoder, input: Tensor, state: DecoderState, *, sampling: bool = False) -> str | None:
     """None where the native operator can run all steps, else why it can't and the steps are composed."""
-    return backends.decoder_why_not(_request(decoder, input, state, sampling))
+    name = "cuda" if input.is_cuda else "cpu"
+    (backend,) = (b for b in backends.DECODER if b.name == name)
+    return backend.why_not(_request(decoder, input, state, sampling))
 
 
 def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: bool) -> backends.DecoderRequest:
@@ -192,8 +194,9 @@ def _finish(
 def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
     """The state with keys and weights as the native kernels read them, for many steps without gradients."""
     values = state.memory.values
-    reason = why_not(decoder, values[:, :1], state) if values.shape[1] else "sources of no keys"
-    if reason is not None or values.dtype not in _WIDE:
+    if values.device.type != "cpu" or values.dtype not in _WIDE or not values.shape[1]:
+        return state
+    if backends.decoder_why_not(_request(decoder, values[:, :1], state, False)) is not None:
         return state
     memory = state.memory
     if decoder.v is not None:

@@ -67,7 +67,8 @@ def attention_decoder(
     """Arguments and results as of `reference.decoder.attention_decoder`; `why_not` must have nothing against them."""
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases if spec.has_bias else (None, None)
-    assert t.w_query is not None and t.v is not None
+    assert t.w_query is not None
+    assert t.v is not None
     width, value = t.input.shape[2], t.values.shape[2]
     w_context = w_ih[:, spec.context_at : spec.context_at + value]
     if w_context.stride(0) % 8 or w_context.data_ptr() % 16 or w_context.stride(1) != 1:
