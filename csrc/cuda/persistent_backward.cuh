@@ -72,7 +72,7 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 // What a lane keeps of its unit and its column of a tile from step to step.
 struct BackwardLane {
   bool present, live;  // a sequence is there; and the unit exists
-  int sequence, length;
+  int length;
   float dh, dc, c_new;
 };
 
@@ -169,6 +169,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
 
+  const auto sequence_of = [&](int tile) { return keep(first) + tile * columns + column; };
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
@@ -231,26 +232,26 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
   };
   // A state of [directions][batch][hidden], or zero.
-  const auto initial = [&](const void* p, const BackwardLane& own) {
-    if (p == nullptr || !own.live) return 0.f;
-    return to_float(static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit]);
+  const auto initial = [&](const void* p, int tile) {
+    if (p == nullptr || !lanes[tile].live) return 0.f;
+    return to_float(
+        static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + sequence_of(tile)) * hidden + unit]);
   };
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     BackwardLane& own = lanes[tile];
     own.present = column < present_of(tile);
     own.live = own.present && unit < hidden;
-    own.sequence = first + tile * columns + column;
     own.length = 0;
-    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[sequence_of(tile)]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
-    own.dh = initial(args.d_hn, own);
-    own.dc = Cell::kHasCell ? initial(args.d_cn, own) : 0.f;
+    own.dh = initial(args.d_hn, tile);
+    own.dc = Cell::kHasCell ? initial(args.d_cn, tile) : 0.f;
     own.c_new = 0;
     if (Cell::kHasCell && own.live && runs(start, own.length)) {
       own.c_new = load(static_cast<const float*>(args.cells) +
-                       (static_cast<int64_t>(row_of(start, own.sequence) + direction_row) * hidden + unit));
+                       (static_cast<int64_t>(row_of(start, sequence_of(tile)) + direction_row) * hidden + unit));
     }
   }
   SEQATTN_UNROLL
@@ -329,7 +330,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         if (Cell::kHasCell && runs(t + back, own.length)) {
           c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
         } else if (Cell::kHasCell && own.live && args.c0 != nullptr) {
-          c_before = initial(args.c0, own);
+          c_before = initial(args.c0, tile);
         }
         if (runs(t, own.length)) {
           float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
@@ -345,7 +346,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
             dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
           }
           if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
-            const int out = out_row_of(t, own.sequence);
+            const int out = out_row_of(t, sequence_of(tile));
             dc_new += to_float(
                 load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
           }
@@ -462,7 +463,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       // Computed anew, not carried through the loop.
       const int again = keep(lane),
                 its_unit = (keep(rank) * kGroups + keep(group)) * kGroupUnits + again / 4 + 8 * (again / 2 % 2);
-      const int64_t at = (static_cast<int64_t>(keep(direction)) * batch + keep(own.sequence)) * hidden + its_unit;
+      const int64_t at = (static_cast<int64_t>(keep(direction)) * batch + sequence_of(tile)) * hidden + its_unit;
       if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);
       if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
     }

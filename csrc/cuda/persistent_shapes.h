@@ -73,7 +73,7 @@ struct TeamShape {
   constexpr int plane() const { return units() / piece(); }  // pieces of a slot
   constexpr int backward_pairs() const { return (cell.gates * plane() + 3) / 4; }
   constexpr int backward_held() const {
-    const int spare = groups() <= 2 ? 128 : spare_registers();
+    const int spare = groups() > 2 ? spare_registers() : grid && tiles > 1 && bytes == 4 ? 96 : 128;
     return least(backward_pairs(), spare / (8 * row_tiles()));
   }
   constexpr int gate_pieces() const {
