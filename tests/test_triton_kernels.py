@@ -40,3 +40,18 @@ def test_schemas_are_those_of_the_extension():
             continue
         declared = "".join(re.findall(r'"([^"]*)"', found[1]))
         assert declared == name + schema
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_compiles_without_a_gpu(target):
+    from seqattn_kernels.kernels import compile, disassembly
+
+    if compile.scores_fwd_kernel.__class__.__name__ != "JITFunction":
+        pytest.skip("Triton interprets in this process")
+    gpu = compile.TARGETS[target]
+    (forward,) = (c for c in compile.configurations(False) if c.name.startswith("scores_fwd 16") and c.dtype == "fp32")
+    found = disassembly.listing(compile.compiled(forward, gpu), gpu)
+    assert found.again == 0
+    # Merged reciprocals: one special function for three columns, or four.
+    assert found.loop["MUFU"] * 32 * forward.warps / forward.terms == 5 / 16
+    assert "scores_fwd" in compile.described(forward, found, gpu)

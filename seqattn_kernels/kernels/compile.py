@@ -2,7 +2,8 @@
 
     python -m seqattn_kernels.kernels.compile [--target sm_90] [--match scores_fwd]
 
-Prints registers, spills, shared memory, and what the inner loop is made of. Exit status 1 if a kernel spills.
+Prints registers, spills, shared memory, and what the inner loop is made of. A spill in a loop fails; one outside costs
+a program a few instructions, and is only printed.
 """
 
 from __future__ import annotations
@@ -206,11 +207,14 @@ def described(c: Configuration, found: Listing, target: GPUTarget) -> str:
     line = f"{c.name:46}{c.dtype:5}{found.registers:4} regs {found.spilled:4} spilled {found.shared:6} B"
     if not c.terms or not found.loop:
         return line
-    issued = found.loop.total() * target.warp_size * c.warps / c.terms
-    line += f" | {issued:5.2f} a term"
-    if c.name.startswith("scores") and target == TARGETS["sm_90"]:
-        line += f", {1e3 * BAR * issued / ISSUED:.2f} ms (a tanh each: {1e3 * BAR / SPECIAL:.2f})"
-    return line + ": " + ", ".join(f"{n} {op}" for op, n in found.loop.most_common(7))
+    line += " | "
+    if target.backend == "cuda":
+        issued = found.loop.total() * target.warp_size * c.warps / c.terms
+        line += f"{issued:5.2f} a term"
+        if c.name.startswith("scores") and target == TARGETS["sm_90"]:
+            line += f", {1e3 * BAR * issued / ISSUED:.2f} ms (a tanh each: {1e3 * BAR / SPECIAL:.2f})"
+        line += ": "
+    return line + ", ".join(f"{n} {op}" for op, n in found.loop.most_common(7))
 
 
 def main() -> int:
@@ -229,9 +233,9 @@ def main() -> int:
             if options.match in c.name:
                 found = listing(compiled(c, target), target)
                 print(f"{name:7}" + described(c, found, target), flush=True)
-                failed += found.spilled > 0
+                failed += found.again > 0
     if failed:
-        print(f"{failed} kernels spill", file=sys.stderr)
+        print(f"{failed} kernels spill in a loop", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -19,7 +19,8 @@ class Listing:
     registers: int
     spilled: int  # bytes a thread, or registers on AMD
     shared: int
-    loop: Counter[str]  # of the loop with most special functions
+    loop: Counter[str]  # what the inner loop is made of
+    again: int  # instructions in loops that store or load what was spilled
 
 
 def tool(name: str) -> str:
@@ -32,7 +33,8 @@ def listing(kernel: Any, target: GPUTarget) -> Listing:
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
         spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-        return Listing(registers, spilled, shared, loop_of(amd_instructions(text), ("v_rcp", "v_exp")))
+        instructions = amd_instructions(text)
+        return Listing(registers, spilled, shared, loop_of(instructions, ("v_rcp", "v_exp")), in_loops(instructions))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -41,7 +43,9 @@ def listing(kernel: Any, target: GPUTarget) -> Listing:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
-    return Listing(int(found[1]), int(found[2]), shared, loop_of(nvidia_instructions(sass), ("MUFU",)))
+    instructions = nvidia_instructions(sass)
+    loop = loop_of(instructions, ("MUFU",))
+    return Listing(int(found[1]), int(found[2]), shared, loop, in_loops(instructions))
 
 
 def run(command: list[str]) -> str:
@@ -69,6 +73,13 @@ def amd_instructions(text: str) -> list[Instruction]:
             goal = labels.get(name[2]) if name[1].startswith(("s_cbranch", "s_branch")) and name[2] else None
             found.append((len(found), name[1], goal))
     return found
+
+
+def in_loops(instructions: list[Instruction]) -> int:
+    """Accesses to a thread's own memory, where spilled registers are, inside loops."""
+    loops = [(goal, address) for address, _, goal in instructions if goal is not None and goal < address]
+    spills = [address for address, name, _ in instructions if name.startswith(("LDL", "STL", "scratch_"))]
+    return sum(any(first <= address <= last for first, last in loops) for address in spills)
 
 
 def loop_of(instructions: list[Instruction], special: tuple[str, ...]) -> Counter[str]:
