@@ -197,6 +197,26 @@ def _attention() -> Iterator[Case]:
             yield Case("attention", operator, shape, mode, ("ours",), ())
 
 
+def _attention_kinds() -> Iterator[Case]:
+    # operator, sizes, forward; the first is a step of tacotron2
+    table: tuple[tuple[str, dict[str, int], float], ...] = (
+        ("location_attention", {"B": 32, "S": 200, "A": 128}, 5.0),
+        ("feature_attention", {"B": 32, "S": 100, "A": 64}, 3.0),
+        ("feature_attention", {"B": 64, "S": 200, "A": 128}, 3.0),
+        ("pooling_attention", {"B": 32, "S": 100, "A": 64}, 3.0),
+        ("pooling_attention", {"B": 64, "S": 200, "A": 128}, 3.0),
+        ("softmax_weights", {"B": 32, "T": 50, "S": 50}, 2.0),
+        ("softmax_weights", {"B": 16, "T": 100, "S": 400}, 2.0),
+        ("sparsemax_weights", {"B": 32, "T": 50, "S": 50}, 3.0),
+        ("sparsemax_weights", {"B": 16, "T": 100, "S": 400}, 3.0),
+        ("entmax15_weights", {"B": 32, "T": 50, "S": 50}, 3.0),
+        ("entmax15_weights", {"B": 16, "T": 100, "S": 400}, 3.0),
+    )
+    for operator, shape, at_least in table:
+        yield Case("attention_kinds", operator, shape, Mode.FORWARD, ("ours",), (Bar("ours", at_least),))
+        yield Case("attention_kinds", operator, shape, Mode.TRAINING, ("ours",), (Bar("ours", 1.0),))
+
+
 def _peers() -> Iterator[Case]:
     engines = ("onnxruntime", "openvino")
     bars = tuple(Bar("ours_frozen", 1.0, against=engine) for engine in engines)
@@ -255,6 +275,7 @@ SUITES: Mapping[str, tuple[Case, ...]] = {
     "cells": tuple(_cells()),
     "bf16": tuple(_bf16()),
     "attention": tuple(_attention()),
+    "attention_kinds": tuple(_attention_kinds()),
     "peers": tuple(_peers()),
     "decoder": tuple(_decoder()),
     "models": tuple(_models()),
@@ -358,20 +379,19 @@ def _cuda_dot() -> Iterator[Case]:
         shape = dict(zip("BTSA", sizes, strict=True))
         for dtype in (torch.bfloat16, torch.float32):
             for mode in BOTH_MODES:
-                names = ("ours_context", "torch_sdpa", "ours", "torch_compile")
+                names = ("ours_context", "torch_sdpa", "ours")
                 bars = (Bar("ours_context", 1.0, against="torch_sdpa"), Bar("ours", 1.0))
                 yield _on_gpu("dot", "dot_attention", shape, mode, names, bars, dtype)
 
 
 def _cuda_decoder() -> Iterator[Case]:
-    for sizes in ((64, 100, 100, 512), (16, 50, 50, 256), (1, 100, 100, 512)):
+    for sizes in ((64, 100, 100, 512), (1, 100, 100, 512), (16, 50, 50, 256)):
         shape = dict(zip("BTSH", sizes, strict=True))
-        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
-            for operator in ("gru_decoder", "lstm_decoder"):
-                for mode in BOTH_MODES:
-                    names = ("ours", "ours_graph", "torch_graph")
-                    bars = (Bar("ours", 1.0), Bar("ours_graph", 1.0, against="torch_graph"))
-                    yield _on_gpu("decoder", operator, shape, mode, names, bars, dtype, tf32)
+        for operator in ("gru_decoder", "lstm_decoder"):
+            for mode in BOTH_MODES:
+                names = ("ours", "ours_graph", "torch_graph")
+                bars = (Bar("ours", 1.0), Bar("ours_graph", 1.0, against="torch_graph"))
+                yield _on_gpu("decoder", operator, shape, mode, names, bars)
 
 
 def _cuda_models() -> Iterator[Case]:
@@ -393,7 +413,7 @@ def _cuda_scaling() -> Iterator[Case]:
     )
     for operator, shape, over, sizes in curves:
         for each in _curve(shape, over, sizes):
-            for mode in BOTH_MODES:
+            for mode in BOTH_MODES if over == "T" else (Mode.FORWARD,):
                 yield replace(_on_gpu("scaling", operator, each, mode, ("ours",), ()), label=over)
 
 

@@ -31,6 +31,8 @@ STOCK_CELLS: dict[str, tuple[Callable[..., nn.RNNCellBase], dict[str, Any]]] = {
 class Problem:
     """A case made concrete. Modules it hands out hold equal weights; inputs are shared by all contestants."""
 
+    compiled: nn.Module | None = None  # by torch.compile, once for all that want it
+
     def __init__(self, case: Case, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.case = case
@@ -290,6 +292,7 @@ class CellProblem(Problem):
 def build(case: Case, seed: int = 0) -> Problem:
     """The problem of a case, its numbers drawn from ``seed``."""
     from benchmarks.attention import AttentionProblem
+    from benchmarks.attention_kinds import KindProblem
     from benchmarks.cell_states import CellStatesProblem
     from benchmarks.decoder import DecoderProblem
     from benchmarks.models import ModelProblem
@@ -300,6 +303,8 @@ def build(case: Case, seed: int = 0) -> Problem:
         return ModelProblem(case, seed)
     if case.suite == "cell_states":
         return CellStatesProblem(case, seed)
+    if case.suite == "attention_kinds":
+        return KindProblem(case, seed)
     if case.operator.endswith("_attention"):
         return AttentionProblem(case, seed)
     return CellProblem(case, seed) if case.operator.endswith("_cell") else SequenceProblem(case, seed)

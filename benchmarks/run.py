@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from benchmarks.results import CaseResult, Document
 
-SUITES = ("recurrent", "lengths", "cells", "bf16", "attention", "peers", "decoder", "models", "scaling")
+SUITES = (
+    "recurrent",
+    "lengths",
+    "cells",
+    "bf16",
+    "attention",
+    "attention_kinds",
+    "peers",
+    "decoder",
+    "models",
+    "scaling",
+)
 DAILY_SUITES = ("recurrent", "lengths", "cells", "attention")
 
 

@@ -67,8 +67,8 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
       "Tensor? b_output, Tensor? packed, Tensor? owners, Tensor? w_predict, Tensor? b_predict, Tensor start, int end, "
       "int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
-  // b_output (empty where there is none), then of the weights.
+  // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v,
+  // w_output, b_output (empty where there is none), then of the weights.
   m.def(
       "decoder_bwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor values, Tensor? lengths, "
       "Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, Tensor[] weights, bool has_bias, "
@@ -86,24 +86,26 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
       "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
       "Tensor? h0, Tensor? c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Scores [B, T, S] by themselves; `kind` is a name of scores/registry.h. `features` [B, S, F] or [B, T, S, F] with
+  // Scores [B, T, S] by themselves; `kind` is a place in the tables of the reference, of which
+  // scores/registry.h has the first. `features` [B, S, F] or [B, T, S, F] with
   // `feature_weight` [F, A] are a term of additive scores beside query and key. 0 past the lengths.
   m.def(
-      "scores_fwd(str kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
+      "scores_fwd(int kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
       "Tensor? lengths) -> Tensor");
   // Results: gradients of query, keys, v, features, feature_weight (empty where there is none). A score whose gradient
   // is 0 contributes nothing, even where query or key is NaN.
   m.def(
-      "scores_bwd(str kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
+      "scores_bwd(int kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
       "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid, with `fill`
+  // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid (`kind` 0
+  // to 3), with `fill`
   // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
   m.def(
-      "normalize_fwd(str kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
+      "normalize_fwd(int kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
       "float fill, bool zero_empty) -> Tensor");
   // The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0.
   m.def(
-      "normalize_bwd(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
+      "normalize_bwd(int kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
       "-> Tensor");
   // weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN.
   m.def("context_fwd(Tensor weights, Tensor values) -> Tensor");

@@ -18,6 +18,9 @@ CPU = torch.device("cpu")
 def pytest_addoption(parser: pytest.Parser) -> None:
     wanted = os.environ.get("SEQATTN_TEST_DEVICE", "cpu")
     parser.addoption("--device", default=wanted, help="where tests of the `device` fixture run, such as cuda")
+    parser.addoption(
+        "--only-device", action="store_true", help="only tests that run on the device, not those of the CPU"
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
@@ -31,7 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device: expected one that torch can use, got {wanted!r} ({reason})") from None
 
 
+def runs_on_device(item: pytest.Item) -> bool:
+    """Whether a test is one of the ``device`` fixture, or of kernels that exist on a GPU alone."""
+    if "device" in getattr(item, "fixturenames", ()):
+        return item.get_closest_marker("cpu") is None
+    return any(word in item.path.name for word in ("cuda", "triton"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-device"):
+        others = [item for item in items if not runs_on_device(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if runs_on_device(item)]
     if config.getoption("--slow"):
         return
     for item in items:

@@ -51,6 +51,7 @@ def build(sanitize: bool = False) -> Path:
         for s in sources():
             # Kernels are large and run for a moment; the emulator under them is small and runs for long.
             optimize = "-O2" if s.suffix == ".cpp" else "-Og -Wno-maybe-uninitialized"
+            optimize = "-O0" if sanitize else optimize
             objects += n.build(f"{s.parent.name}_{s.name}.o", "compile", str(s), variables={"optimize": optimize})
         n.build(str(target), "link", objects)
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
@@ -67,6 +68,6 @@ def load(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["_emulator"] = module
     spec.loader.exec_module(module)
+    sys.modules["_emulator"] = module
     return module

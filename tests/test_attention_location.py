@@ -256,9 +256,7 @@ def test_scores_without_a_gradient_contribute_none(features):
     d_scores = torch.randn(3, 4, 17)
     d_scores[1, :, 3] = 0
     d_scores[2, 1] = 0
-    found = torch.ops.seqattn.scores_bwd(
-        "additive", d_scores, *[None if t is None else t.detach() for t in arguments], None
-    )
+    found = torch.ops.seqattn.scores_bwd(0, d_scores, *[None if t is None else t.detach() for t in arguments], None)
     assert all(t.isfinite().all() for t in found)
     clean = [t.detach().nan_to_num(0.3).double().requires_grad_() for t in given]
     expected = torch.autograd.grad(reference.attention.additive_scores(*clean), clean, d_scores.double())
@@ -272,9 +270,9 @@ def test_scores_opcheck_and_second_derivative(features):
     torch.use_deterministic_algorithms(False)
     arguments, lengths = score_arguments(features), torch.tensor([17, 0, 5])
     plain = [None if t is None else t.detach() for t in arguments]
-    torch.library.opcheck(torch.ops.seqattn.scores_fwd.default, ("additive", *plain, lengths))
+    torch.library.opcheck(torch.ops.seqattn.scores_fwd.default, (0, *plain, lengths))
     backward = torch.ops.seqattn.scores_bwd.default
-    torch.library.opcheck(backward, ("additive", torch.randn(3, 4, 17), *plain, None))
+    torch.library.opcheck(backward, (0, torch.randn(3, 4, 17), *plain, None))
     small = [None if t is None else t[:1, ..., :3].detach().double() for t in score_arguments("none", T=2)[:2]]
     tensors = [t[:, :3].clone().requires_grad_() for t in small] + leaves((3,), dtype=torch.float64)
     lengths = torch.tensor([2])
@@ -303,14 +301,14 @@ def test_scores_operator_checks_its_arguments():
     q, k, v = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(4)
     f, u = torch.zeros(2, 5, 6), torch.zeros(6, 4)
     for arguments, message in (
-        (("dott", q, k, v, None, None, None), "kind: expected a score of the registry, got dott"),
-        (("additive", q[:, 0], k, v, None, None, None), r"query: expected \[B, T, A\], got \[2, 4\]"),
-        (("additive", q, k[..., :3], v, None, None, None), r"keys: expected shape \[2, \*, 4\]"),
-        (("additive", q, k, torch.zeros(3, 4), None, None, None), r"v: expected \[A\] or \[H, A\] with H dividing B=2"),
-        (("additive", q, k, v[:2], None, None, None), r"v: expected shape \[4\]"),
-        (("additive", q, k, v, f, None, None), "features: expected them with feature_weight, or neither"),
-        (("additive", q, k, v, f[:, :4], u, None), r"features: expected shape \[2, 5, 6\]"),
-        (("additive", q, k, v, f, u[:, :3], None), r"feature_weight: expected shape \[\*, 4\]"),
+        ((1, q, k, v, None, None, None), "kind: expected a number of the registry of scores, got 1"),
+        ((0, q[:, 0], k, v, None, None, None), r"query: expected \[B, T, A\], got \[2, 4\]"),
+        ((0, q, k[..., :3], v, None, None, None), r"keys: expected shape \[2, \*, 4\]"),
+        ((0, q, k, torch.zeros(3, 4), None, None, None), r"v: expected \[A\] or \[H, A\] with H dividing B=2"),
+        ((0, q, k, v[:2], None, None, None), r"v: expected shape \[4\]"),
+        ((0, q, k, v, f, None, None), "features: expected them with feature_weight, or neither"),
+        ((0, q, k, v, f[:, :4], u, None), r"features: expected shape \[2, 5, 6\]"),
+        ((0, q, k, v, f, u[:, :3], None), r"feature_weight: expected shape \[\*, 4\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             fwd(*arguments)

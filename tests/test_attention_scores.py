@@ -168,6 +168,7 @@ def test_nothing_leaks_in_feature_attention():
         assert_same_bits(functional.feature_attention(*tensors, lengths=lengths), got)
 
 
+@pytest.mark.cpu
 def test_feature_attention_twice_and_in_torch_machinery():
     torch.use_deterministic_algorithms(False)
     tensors = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 4, 3), (3, 3), (3,))]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqattn_kernels import functional, native, reference
+from seqattn_kernels import functional, native, ops, reference
 from seqattn_kernels.functional import Weighting
 from seqattn_kernels.reference.normalizers import NORMALIZERS
 from tests.cases import DTYPES
@@ -415,9 +415,14 @@ def test_opcheck(kind, masked):
     if masks[0] is not None:
         masks = masks[0].long(), masks[1]
     seqattn = torch.ops.seqattn
-    torch.library.opcheck(seqattn.normalize_fwd.default, (kind, scores, *masks, 0.5, 2.0, -INF, True))
-    weights = seqattn.normalize_fwd(kind, scores, *masks, 0.5, 2.0, -INF, True)
-    torch.library.opcheck(seqattn.normalize_bwd.default, (kind, torch.randn(3, 4, 17), weights, *masks, 0.25))
+    torch.library.opcheck(
+        seqattn.normalize_fwd.default, (ops.scores.normalizer_number(kind), scores, *masks, 0.5, 2.0, -INF, True)
+    )
+    weights = seqattn.normalize_fwd(ops.scores.normalizer_number(kind), scores, *masks, 0.5, 2.0, -INF, True)
+    torch.library.opcheck(
+        seqattn.normalize_bwd.default,
+        (ops.scores.normalizer_number(kind), torch.randn(3, 4, 17), weights, *masks, 0.25),
+    )
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
@@ -437,18 +442,19 @@ def test_compile(kind):
 @pytest.mark.skipif(native.why_not() is not None, reason="the native kernels are not built")
 def test_operators_check_their_arguments():
     seqattn, scores = torch.ops.seqattn, torch.zeros(2, 3, 5)
-    with pytest.raises(RuntimeError, match="kind: expected softmax, sparsemax, entmax15 or sigmoid, got softmin"):
-        seqattn.normalize_fwd("softmin", scores, None, None, 1.0, 1.0, -INF, True)
+    with pytest.raises(RuntimeError, match=r"kind: expected a number in \[0, 4\), got 4"):
+        seqattn.normalize_fwd(4, scores, None, None, 1.0, 1.0, -INF, True)
     with pytest.raises(RuntimeError, match=r"scores: expected \[B, T, S\], got \[2, 3\]"):
-        seqattn.normalize_fwd("softmax", scores[..., 0], None, None, 1.0, 1.0, -INF, True)
+        seqattn.normalize_fwd(0, scores[..., 0], None, None, 1.0, 1.0, -INF, True)
     with pytest.raises(RuntimeError, match=r"mask: expected shape \[2, 5\], got \[2, 4\]"):
-        seqattn.normalize_fwd("softmax", scores, None, torch.ones(2, 4) > 0, 1.0, 1.0, -INF, True)
+        seqattn.normalize_fwd(0, scores, None, torch.ones(2, 4) > 0, 1.0, 1.0, -INF, True)
     with pytest.raises((RuntimeError, ValueError), match=r"lengths: expected values in \[0, 5\]"):
-        seqattn.normalize_fwd("softmax", scores, torch.tensor([5, 6]), None, 1.0, 1.0, -INF, True)
+        seqattn.normalize_fwd(0, scores, torch.tensor([5, 6]), None, 1.0, 1.0, -INF, True)
     with pytest.raises(RuntimeError, match=r"d_weights: expected shape \[2, 3, 5\]"):
-        seqattn.normalize_bwd("softmax", scores[..., :4], scores, None, None, 1.0)
+        seqattn.normalize_bwd(0, scores[..., :4], scores, None, None, 1.0)
 
 
+@pytest.mark.cpu
 def test_bad_input():
     scores = torch.zeros(2, 3, 5)
     with pytest.raises(ValueError, match=r"scores: expected \[B, S\], \[B, T, S\] or \[B, N, T, S\], got \[5\]"):

@@ -24,6 +24,7 @@ PERSISTENT = ("cluster", "cooperative")
 # Devices of the emulator: room for many clusters (8 columns each), for two (16 columns).
 NARROW, WIDE = 0, 1
 # Less shared memory leaves out the teams that hold most in each block.
+FEW_BLOCKS = H200 | {"sm_count": 32}
 DEVICES = [H200 | {"smem_per_block": kilobytes * 1024} for kilobytes in (227, 163, 99)]
 
 
@@ -71,6 +72,7 @@ PLACES: dict[str, dict[str, Any]] = {
 def test_places(cell: str, path: str, place: str) -> None:
     """Layouts, lengths, directions, absent biases and states."""
     layer = Layer(cell, torch.float32, **{"batch": 5, "steps": 4, "input_size": 3, "hidden": 37} | PLACES[place])
+    layer.device = FEW_BLOCKS
     check(layer, path, at_end=place != "batch_first")
 
 
@@ -89,12 +91,12 @@ def team_sizes(path: str) -> list[tuple[int, int]]:
 
 
 def persistent_cases() -> Iterator[Any]:
-    """Every kernel. Of those for many units, which take seconds, three of each size and width are not slow."""
+    """Every kernel. Of those for more than 128 units some of each size and width run by default, the others as slow."""
     kinds = list(product(KINDS, TENSOR_CORE_DTYPES))
     for path in PERSISTENT:
         for i, (size, device) in enumerate(product(team_sizes(path), (NARROW, WIDE))):
             for j, (cell, dtype) in enumerate(kinds):
-                often = size[0] < 384 or (i + j) % 4 == 0
+                often = (i + j) % (1 if size[0] <= 128 else 4 if size[0] <= 256 else len(kinds)) == 0
                 width = "narrow" if device == NARROW else "wide"
                 name = f"{cell}-{name_of(dtype)}-{path}-{size[0]}x{size[1]}-{width}"
                 marks = () if often else pytest.mark.slow
@@ -114,7 +116,7 @@ def test_every_persistent_kernel(path: str, cell: str, dtype: torch.dtype, size:
     layer = Layer(cell, dtype, batch, 3 if units <= 512 else 2, 4, units, lengths=lengths)
     refusals = []
     for limits in DEVICES:
-        layer.device = limits | ({"sm_count": size[1]} if device == WIDE else {})
+        layer.device = limits | {"sm_count": size[1] * (1 if device == WIDE else 2)}
         plans = [plan_of(layer, path, backward) for backward in (False, True)]
         if all((plan.rows_per_block * plan.cluster, plan.cluster) == size for plan in plans):
             return check(layer, path, device=device)
@@ -129,12 +131,13 @@ def test_every_persistent_kernel(path: str, cell: str, dtype: torch.dtype, size:
 @pytest.mark.parametrize("cell", KINDS)
 def test_any_order_of_threads(cell: str, path: str, seed: int) -> None:
     layer = Layer(cell, torch.bfloat16, 11, 6, 5, 100, directions=2, lengths=[6, 5, 0, 1, 2, 6, 3, 4, 6, 6, 5])
+    layer.device = FEW_BLOCKS
     check(layer, path, seed=seed, device=WIDE)
 
 
 @pytest.mark.parametrize("path", PERSISTENT)
 def test_order_of_threads_changes_nothing(path: str) -> None:
-    layer = Layer("lstm", torch.bfloat16, 3, 5, 5, 128)
+    layer = Layer("lstm", torch.bfloat16, 3, 5, 5, 128, device=FEW_BLOCKS)
     runs = [Run(layer, path, seed=seed) for seed in (0, 1, 2)]
     first, *others = [run.forward() for run in runs]
     for results in others:

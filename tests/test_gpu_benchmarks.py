@@ -237,6 +237,14 @@ def test_parts_go_on_after_one_that_fails_or_hangs(monkeypatch, settings):
     assert text.splitlines()[-1].startswith("summary: fails FAILED, hangs FAILED, breaks FAILED, works ok")
 
 
+def test_no_part_inherits_the_binding_of_threads(monkeypatch, settings):
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    program = "import os; print(os.environ['OMP_PROC_BIND'], os.environ['EXTRA'])"
+    log = settings.folder / "a.log"
+    _, _, output = parts.execute("a", [sys.executable, "-c", program], 10.0, log, {"EXTRA": "more"})
+    assert output.split() == ["false", "more"]
+
+
 def test_time_that_a_part_leaves_over_goes_to_the_next(monkeypatch, settings):
     given = {}
 
@@ -289,6 +297,20 @@ def test_the_benchmarks_are_begun_again_after_a_crash(monkeypatch, settings):
     assert "begun again 1 times" in outcome.note
 
 
+def test_benchmarks_that_come_to_nothing_are_not_begun_for_ever(monkeypatch, settings):
+    seen = []
+
+    def execute(name, command, seconds, log, variables=None):
+        seen.append(command)
+        return 1, 0.1, "ImportError: nothing works\n"
+
+    monkeypatch.setattr(parts, "execute", execute)
+    outcome = parts.bench(settings, 60.0, settings.folder / "bench.log")
+    assert not outcome.passed
+    assert len(seen) == 2
+    assert outcome.lines == ["ImportError: nothing works"] * 2
+
+
 def test_the_command_refuses_parts_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         main(["--only", "tests,coffee"])
@@ -298,6 +320,11 @@ def test_the_command_refuses_parts_it_does_not_know(capsys):
 def test_the_command_says_what_passed(monkeypatch, capsys, tmp_path):
     from benchmarks.gpu import __main__ as command
 
+    monkeypatch.setattr(command, "gpu_name", lambda: None)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "expected a GPU that torch can use, got none" in capsys.readouterr().err
+    monkeypatch.setattr(command, "gpu_name", lambda: "abacus")
     monkeypatch.setattr(command, "PARTS", {"a": None})
     monkeypatch.setattr(command, "run_parts", lambda names, settings: [parts.Outcome("a", True, 1.0, "ok")])
     assert main(["--out", str(tmp_path)]) == 0

@@ -85,6 +85,14 @@ def test_measured_cases_are_served_by_our_kernels(monkeypatch: pytest.MonkeyPatc
     assert choose(backends.RECURRENCE, request(device="cpu")) != "cuda"
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_rules_for_float32_are_those_of_tf32(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    monkeypatch.setattr(thresholds, "_known", {0: ({**RULE, "dtypes": ["float32", "float16"]},)})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert thresholds.faster_than_torch(request(dtype=torch.float32)) == allowed
+    assert thresholds.faster_than_torch(request(dtype=torch.float16))
+
+
 def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.native, "_cuda_why_not", None)
     monkeypatch.setattr(backends, "_capabilities", {})

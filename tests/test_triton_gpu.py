@@ -193,7 +193,7 @@ def test_fp32_bad_input():
     with pytest.raises(ValueError, match=r"keys: expected \[B, S, A\] with B=2, A=4"):
         additive(query, keys[..., :2], values, v)
     with pytest.raises(ValueError, match=r"lengths: expected device cuda"):
-        additive(query, keys, values, v, torch.tensor([1, 2]))
+        additive(query, keys, values, v, torch.tensor([1, 2], device="cpu"))
     with pytest.raises(TypeError, match=r"query: expected one of .*, got torch.float64"):
         additive(*(t.double() for t in (query, keys, values, v)))
 
@@ -243,7 +243,7 @@ def _problem(T):
 
 
 F = functional
-LENGTHS = torch.tensor([40, 13])
+LENGTHS = torch.tensor([40, 13], device="cpu")
 MASK = torch.rand(2, 1, 40, generator=torch.Generator().manual_seed(1)) > 0.3
 # What a call is made of: every kind of attention, mask and weighting that a GPU serves.
 CALLS = {

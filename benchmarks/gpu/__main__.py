@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.environment import gpu_name
 from benchmarks.gpu.parts import PARTS, Settings, run_parts, summary
 
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         made.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if gpu_name() is None:
+        made.error("expected a GPU that torch can use, got none")
     settings = Settings(
         options.budget, options.out, options.cases, options.suites, options.quick, options.tests, options.first
     )

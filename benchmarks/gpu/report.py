@@ -99,7 +99,8 @@ def markdown(document: Document) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for case in cases:
         stock, mine = case.contestant(STOCK), ours(case)
-        cells = [f"{OPERATORS.get(case.operator, case.operator)} {case.mode} {precision(case)} {shape(case)}"]
+        sizes = shape(case) if letters(case) == letters(cases[0]) else f"{letters(case)} = {shape(case)}"
+        cells = [f"{OPERATORS.get(case.operator, case.operator)} {case.mode} {precision(case)} {sizes}"]
         cells.append(digits(stock.milliseconds if stock else None))
         cells += [_cell(case.contestant(name)) for name in names]
         if steps:

@@ -17,7 +17,7 @@ from benchmarks.problems import Problem, build
 from benchmarks.results import CaseResult, Contestant
 from benchmarks.runner import Profile, judge, noise_of, qualify, version_of
 
-FULL = Profile("full", 0.6, 7)
+FULL = Profile("full", 0.5, 7)
 QUICK = Profile("quick", 0.25, 5)
 
 

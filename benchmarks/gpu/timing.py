@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import Race, Timing
 
-WARM_UP_SECONDS = 0.05
+WARM_UP_SECONDS = 0.03
 # A call whose host part takes longer than this is timed as called only: the queue of launches has an end.
 LONGEST_HEAD_START = 5e-3
 # One turn takes several samples of a short call.

@@ -25,7 +25,10 @@ class TorchCompile(Peer):
 
         stack.callback(torch._dynamo.reset)
         stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))  # type: ignore[attr-defined]
-        module = problem.stock()
-        module.compile(dynamic=False)
+        # As called and as a graph it is one compiled module: compiling takes longer than the measurement.
+        module = problem.compiled
+        if module is None:
+            module = problem.compiled = problem.stock()
+            module.compile(dynamic=False)
         call = problem.call(module)
         return Entry(call, lambda: problem.outcome(module, call), module=module)

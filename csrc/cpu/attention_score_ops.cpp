@@ -2,7 +2,6 @@
 // attention_kernels.cpp and attention_location_kernels.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
 #include "attention_location_kernels.h"
@@ -20,12 +19,12 @@ const LocationKernels<T>& location_kernels() {
   }
 }
 
-void check_kind(const std::string& kind) {
-#define SEQATTN_IS(Score) \
-  if (kind == Score::kName) return;
-  SEQATTN_SCORES(SEQATTN_IS)
-#undef SEQATTN_IS
-  fail("kind: expected a score of the registry, got ", kind);
+#define SEQATTN_COUNT(Score) +1
+constexpr int64_t kScoreCount = 0 SEQATTN_SCORES(SEQATTN_COUNT);
+#undef SEQATTN_COUNT
+
+void check_kind(int64_t kind) {
+  if (kind < 0 || kind >= kScoreCount) fail("kind: expected a number of the registry of scores, got ", kind);
 }
 
 // Features and their weights, checked against the problem they belong to.
@@ -267,7 +266,7 @@ Tensor context_fwd_cpu(Tensor weights, Tensor values) {
   return by_type(weights, [&](auto zero) { return context<decltype(zero)>(weights, values); });
 }
 
-Tensor scores_fwd_cpu(std::string kind, Tensor query, Tensor keys, MaybeTensor v, MaybeTensor features,
+Tensor scores_fwd_cpu(int64_t kind, Tensor query, Tensor keys, MaybeTensor v, MaybeTensor features,
                       MaybeTensor feature_weight, MaybeTensor lengths) {
   check_kind(kind);
   if (query.dim() != 3) fail("query: expected [B, T, A], got ", shape_of(query));
@@ -277,8 +276,8 @@ Tensor scores_fwd_cpu(std::string kind, Tensor query, Tensor keys, MaybeTensor v
                  [&](auto zero) { return fwd<decltype(zero)>(query, keys, v, features, feature_weight, lengths); });
 }
 
-Gradients scores_bwd_cpu(std::string kind, Tensor d_scores, Tensor query, Tensor keys, MaybeTensor v,
-                         MaybeTensor features, MaybeTensor feature_weight, MaybeTensor lengths) {
+Gradients scores_bwd_cpu(int64_t kind, Tensor d_scores, Tensor query, Tensor keys, MaybeTensor v, MaybeTensor features,
+                         MaybeTensor feature_weight, MaybeTensor lengths) {
   check_kind(kind);
   if (query.dim() != 3) fail("query: expected [B, T, A], got ", shape_of(query));
   if (features.has_value() != feature_weight.has_value())

@@ -2,8 +2,6 @@
 // attention_weights_kernels.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-
 #include "attention_problem.h"
 #include "attention_weights_kernels.h"
 
@@ -22,11 +20,8 @@ const WeightKernels<T>& weight_kernels() {
   }
 }
 
-int normalizer_of(const std::string& kind) {
-  for (int i = 0; i < kNormalizerCount; ++i) {
-    if (kind == kNormalizers[i]) return i;
-  }
-  fail("kind: expected softmax, sparsemax, entmax15 or sigmoid, got ", kind);
+void check_kind(int64_t kind) {
+  if (kind < 0 || kind >= kNormalizerCount) fail("kind: expected a number in [0, ", kNormalizerCount, "), got ", kind);
 }
 
 template <class T>
@@ -56,7 +51,7 @@ void check_rows(const char* name, const Tensor& t) {
 }
 
 template <class T>
-Tensor fwd(int normalizer, const Tensor& scores_, const MaybeTensor& lengths, const MaybeTensor& mask, double scale,
+Tensor fwd(int64_t kind, const Tensor& scores_, const MaybeTensor& lengths, const MaybeTensor& mask, double scale,
            double temperature, double fill, bool zero_empty) {
   const Tensor scores = dense(scores_);
   check_tensor("scores", scores, kScalarType<T>, {-1, -1, -1});
@@ -69,12 +64,12 @@ Tensor fwd(int normalizer, const Tensor& scores_, const MaybeTensor& lengths, co
   args.inverse_temperature = T(1 / temperature);
   args.fill = T(fill);
   args.zero_empty = zero_empty;
-  if (weights.numel()) for_rows(args, weight_kernels<T>().forward[normalizer]);
+  if (weights.numel()) for_rows(args, weight_kernels<T>().forward[kind]);
   return weights;
 }
 
 template <class T>
-Tensor bwd(int normalizer, const Tensor& d_weights_, const Tensor& weights_, const MaybeTensor& lengths,
+Tensor bwd(int64_t kind, const Tensor& d_weights_, const Tensor& weights_, const MaybeTensor& lengths,
            const MaybeTensor& mask, double factor) {
   const Tensor weights = dense(weights_), d_weights = dense(d_weights_);
   check_tensor("weights", weights, kScalarType<T>, {-1, -1, -1});
@@ -87,25 +82,25 @@ Tensor bwd(int normalizer, const Tensor& d_weights_, const Tensor& weights_, con
   args.d_weights = data_of<T>(d_weights);
   args.d_scores = data_of<T>(d_scores);
   args.factor = T(factor);
-  if (d_scores.numel()) for_rows(args, weight_kernels<T>().backward[normalizer]);
+  if (d_scores.numel()) for_rows(args, weight_kernels<T>().backward[kind]);
   return d_scores;
 }
 
-Tensor normalize_fwd_cpu(std::string kind, Tensor scores, MaybeTensor lengths, MaybeTensor mask, double scale,
+Tensor normalize_fwd_cpu(int64_t kind, Tensor scores, MaybeTensor lengths, MaybeTensor mask, double scale,
                          double temperature, double fill, bool zero_empty) {
-  const int normalizer = normalizer_of(kind);
+  check_kind(kind);
   check_rows("scores", scores);
   return by_type(scores, [&](auto zero) {
-    return fwd<decltype(zero)>(normalizer, scores, lengths, mask, scale, temperature, fill, zero_empty);
+    return fwd<decltype(zero)>(kind, scores, lengths, mask, scale, temperature, fill, zero_empty);
   });
 }
 
-Tensor normalize_bwd_cpu(std::string kind, Tensor d_weights, Tensor weights, MaybeTensor lengths, MaybeTensor mask,
+Tensor normalize_bwd_cpu(int64_t kind, Tensor d_weights, Tensor weights, MaybeTensor lengths, MaybeTensor mask,
                          double factor) {
-  const int normalizer = normalizer_of(kind);
+  check_kind(kind);
   check_rows("weights", weights);
   return by_type(weights,
-                 [&](auto zero) { return bwd<decltype(zero)>(normalizer, d_weights, weights, lengths, mask, factor); });
+                 [&](auto zero) { return bwd<decltype(zero)>(kind, d_weights, weights, lengths, mask, factor); });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 
 namespace seqattn {
 
+// In the order of the `kind` argument of the operators.
 enum class Normalizer { softmax, sparsemax, entmax15, sigmoid };
-inline constexpr const char* kNormalizers[] = {"softmax", "sparsemax", "entmax15", "sigmoid"};
 inline constexpr int kNormalizerCount = 4;
 
 // Shapes: scores, weights and their gradients [B, T, S], contiguous. Masks as in AttentionArgs. d_scores may be

@@ -72,7 +72,7 @@ SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
 // What a lane keeps of its unit and its column of a tile from step to step.
 struct BackwardLane {
   bool present, live;  // a sequence is there; and the unit exists
-  int sequence, length;
+  int length;
   float dh, dc, c_new;
 };
 
@@ -141,6 +141,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         return weight_pair<T>(load_piece_transposed(w, m < hidden ? units : 0, hidden),
                               load_piece_transposed(w + 8, m + 8 < hidden ? units : 0, hidden));
       });
+  block_sync();  // what weights passed through becomes parts, pieces and values
   for (int i = thread_index(); i < 2 * Shape::kGatePiecesSize / 16; i += Shape::kThreads) {
     store(shared_cast<Words4>(pieces) + i, Words4{});
   }
@@ -168,6 +169,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
 
+  const auto sequence_of = [&](int tile) { return keep(first) + tile * columns + column; };
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
@@ -230,26 +232,26 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     return values + turn * kTurnValues + ((first + offset / 16) * 2 + lane % 2) * 16 + offset % 16;
   };
   // A state of [directions][batch][hidden], or zero.
-  const auto initial = [&](const void* p, const BackwardLane& own) {
-    if (p == nullptr || !own.live) return 0.f;
-    return to_float(static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit]);
+  const auto initial = [&](const void* p, int tile) {
+    if (p == nullptr || !lanes[tile].live) return 0.f;
+    return to_float(
+        static_cast<const T*>(p)[(static_cast<int64_t>(direction) * batch + sequence_of(tile)) * hidden + unit]);
   };
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     BackwardLane& own = lanes[tile];
     own.present = column < present_of(tile);
     own.live = own.present && unit < hidden;
-    own.sequence = first + tile * columns + column;
     own.length = 0;
-    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
+    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[sequence_of(tile)]) : steps;
     own.length = own.length < steps ? own.length : steps;
     if (own.length < 0) own.length = 0;
-    own.dh = initial(args.d_hn, own);
-    own.dc = Cell::kHasCell ? initial(args.d_cn, own) : 0.f;
+    own.dh = initial(args.d_hn, tile);
+    own.dc = Cell::kHasCell ? initial(args.d_cn, tile) : 0.f;
     own.c_new = 0;
     if (Cell::kHasCell && own.live && runs(start, own.length)) {
       own.c_new = load(static_cast<const float*>(args.cells) +
-                       (static_cast<int64_t>(row_of(start, own.sequence) + direction_row) * hidden + unit));
+                       (static_cast<int64_t>(row_of(start, sequence_of(tile)) + direction_row) * hidden + unit));
     }
   }
   SEQATTN_UNROLL
@@ -267,6 +269,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     SEQATTN_UNROLL
     for (int m = 0; m < kRowTiles; ++m) owners[m] = map_shared(shared, (warp * kRowTiles + m) / kGroups);
   }
+  // A grid's: this lane's place in the parts of the first of its warp's owners, from which others are constants away.
+  static_assert(!kGrid || kRowTiles % kGroups == 0);
+  Vec<float, 4>* give = reinterpret_cast<Vec<float, 4>*>(exchange) + warp * kRowTiles / kGroups * (kTileFloats / 4) +
+                        (rank * kGroups * 32 + q * 8 + g);
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
 
@@ -300,8 +306,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     }
   };
 
+  // Even and odd steps written out, unless registers are short.
+  constexpr int kWrittenOut = Shape::kGroups <= 2 || kTiles > 1 ? 2 * kTiles : 1;
   for (int even = 0; even < steps; even += 2) {
-    SEQATTN_UNROLL
+    SEQATTN_UNROLL_BY(kWrittenOut)
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
       if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
@@ -322,7 +330,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         if (Cell::kHasCell && runs(t + back, own.length)) {
           c_before = load(shared_cast<float>(value_at(turn, kTeam.kept_pieces() + kTeam.h_pieces(), 4)));
         } else if (Cell::kHasCell && own.live && args.c0 != nullptr) {
-          c_before = initial(args.c0, own);
+          c_before = initial(args.c0, tile);
         }
         if (runs(t, own.length)) {
           float saved[Cell::kSaved ? Cell::kSaved : 1], dh_before, dc_before = 0, h_before = 0;
@@ -338,7 +346,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
             dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
           }
           if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
-            const int out = out_row_of(t, own.sequence);
+            const int out = out_row_of(t, sequence_of(tile));
             dc_new += to_float(
                 load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
           }
@@ -357,60 +365,66 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       }
       block_sync();
 
-      float sum[kChains][kRowTiles][4];
-      SEQATTN_UNROLL
-      for (int chain = 0; chain < kChains; ++chain) {
-        SEQATTN_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-          SEQATTN_UNROLL
-          for (int r = 0; r < 4; ++r) sum[chain][m][r] = 0;
-        }
-      }
+      // A few tiles of rows at a time, so that their sums find registers.
       const Shared<Words4> operand = shared_cast<Words4>(now) + operand_place;
+      constexpr int kAtOnce = kRowTiles < 4 ? kRowTiles : 4;
       SEQATTN_UNROLL
-      for (int p = 0; p < kPairs; ++p) {
-        Words4 b = load(operand + p * 32);
+      for (int from = 0; from < kRowTiles; from += kAtOnce) {
+        float sum[kChains][kAtOnce][4];
         SEQATTN_UNROLL
-        for (int w = 0; w < 4; ++w) b[w] = Op::weight_bits(b[w]);
-        SEQATTN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t half[2] = {b[2 * i], b[2 * i + 1]};
+        for (int chain = 0; chain < kChains; ++chain) {
           SEQATTN_UNROLL
-          for (int m = 0; m < kRowTiles; ++m) {
-            uint32_t a[4];
-            if (p < kHeld) {
-              SEQATTN_UNROLL
-              for (int r = 0; r < 4; ++r) a[r] = held[p < kHeld ? p : 0][m][i][r];
-            } else {
-              const Words4 words =
-                  load(weights + (((warp * (kPairs - kHeld) + p - kHeld) * kRowTiles + m) * 2 + i) * 32 + lane);
-              SEQATTN_UNROLL
-              for (int r = 0; r < 4; ++r) a[r] = words[r];
-            }
-            Op::multiply(sum[i % kChains][m], a, half);
+          for (int m = 0; m < kAtOnce; ++m) {
+            SEQATTN_UNROLL
+            for (int r = 0; r < 4; ++r) sum[chain][m][r] = 0;
           }
         }
-      }
-      if (2 * q < present_of(tile)) {
         SEQATTN_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-          Vec<float, 4> part;
+        for (int p = 0; p < kPairs; ++p) {
+          Words4 b = load(operand + p * 32);
           SEQATTN_UNROLL
-          for (int r = 0; r < 4; ++r) part[r] = sum[0][m][r] + (kChains == 2 ? sum[kChains - 1][m][r] : 0.f);
-          const int row_tile = warp * kRowTiles + m, place = (rank * kGroups + row_tile % kGroups) * 32 + q * 8 + g;
-          if constexpr (kGrid) {
-            const int64_t owner = (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + row_tile / kGroups);
-            store_coherent(reinterpret_cast<Vec<float, 4>*>(exchange + owner * kTileFloats) + place, part);
-          } else {
-            const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
-            const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
-            Remote<unsigned char> owner;
-            if constexpr (kKeepOwners) {
-              owner = owners[m];
-            } else {
-              owner = map_shared(shared, row_tile / kGroups + keep(0));
+          for (int w = 0; w < 4; ++w) b[w] = Op::weight_bits(b[w]);
+          SEQATTN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t half[2] = {b[2 * i], b[2 * i + 1]};
+            SEQATTN_UNROLL
+            for (int m = 0; m < kAtOnce && from + m < kRowTiles; ++m) {
+              uint32_t a[4];
+              if (p < kHeld) {
+                SEQATTN_UNROLL
+                for (int r = 0; r < 4; ++r) a[r] = held[p < kHeld ? p : 0][from + m][i][r];
+              } else {
+                const int place = ((warp * (kPairs - kHeld) + p - kHeld) * kRowTiles + from + m) * 2 + i;
+                const Words4 words = load(weights + place * 32 + lane);
+                SEQATTN_UNROLL
+                for (int r = 0; r < 4; ++r) a[r] = words[r];
+              }
+              Op::multiply(sum[i % kChains][m], a, half);
             }
-            store_async(remote_cast<Vec<float, 4>>(owner + to), part, remote_cast<Barrier>(owner + counted));
+          }
+        }
+        if (2 * q < present_of(tile)) {
+          SEQATTN_UNROLL
+          for (int m = 0; m < kAtOnce && from + m < kRowTiles; ++m) {
+            Vec<float, 4> part;
+            SEQATTN_UNROLL
+            for (int r = 0; r < 4; ++r) part[r] = sum[0][m][r] + (kChains == 2 ? sum[kChains - 1][m][r] : 0.f);
+            const int row_tile = warp * kRowTiles + from + m;
+            const int place = (rank * kGroups + row_tile % kGroups) * 32 + q * 8 + g;
+            if constexpr (kGrid) {
+              const int tile_of_owner = (parity * kTiles + tile) * kBlocks + (from + m) / kGroups;
+              store_coherent(give + (tile_of_owner * (kTileFloats / 4) + (from + m) % kGroups * 32), part);
+            } else {
+              const int to = Shape::kParts + parity * Shape::kPartsSize + tile * kTileFloats * 4 + place * 16;
+              const int counted = Shape::kBarriers + (2 * tile + parity) * static_cast<int>(sizeof(Barrier));
+              Remote<unsigned char> owner;
+              if constexpr (kKeepOwners) {
+                owner = owners[from + m];
+              } else {
+                owner = map_shared(shared, row_tile / kGroups + keep(0));
+              }
+              store_async(remote_cast<Vec<float, 4>>(owner + to), part, remote_cast<Barrier>(owner + counted));
+            }
           }
         }
       }
@@ -446,7 +460,10 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
     const BackwardLane& own = lanes[tile];
     if (own.live) {
-      const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+      // Computed anew, not carried through the loop.
+      const int again = keep(lane),
+                its_unit = (keep(rank) * kGroups + keep(group)) * kGroupUnits + again / 4 + 8 * (again / 2 % 2);
+      const int64_t at = (static_cast<int64_t>(keep(direction)) * batch + sequence_of(tile)) * hidden + its_unit;
       if (args.d_h0 != nullptr) static_cast<T*>(args.d_h0)[at] = from_float<T>(own.dh);
       if (Cell::kHasCell && args.d_c0 != nullptr) static_cast<T*>(args.d_c0)[at] = from_float<T>(own.dc);
     }

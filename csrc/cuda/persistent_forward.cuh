@@ -237,8 +237,10 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
 
   const bool taking_turns = kTiles > 1 && present_of(kTiles - 1) > 0;
   const Shared<T> new_state = shared_cast<T>(shared + (Shape::kNewState + warp * (32 * kBytes)));
+  // Even and odd steps written out, unless registers are short.
+  constexpr int kWrittenOut = Shape::kGroups <= 2 || kTiles > 1 ? 2 * kTiles : 1;
   for (int even = 0; even < steps; even += 2) {
-    SEQATTN_UNROLL
+    SEQATTN_UNROLL_BY(kWrittenOut)
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, s = even + parity, t = start + s * forth;
       if (s >= steps || (tile > 0 && present_of(tile) <= 0)) {
@@ -406,7 +408,10 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   for (int tile = 0; tile < kTiles; ++tile) {
     const ForwardLane& own = lanes[tile];
     if (own.live) {
-      const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
+      // Computed anew, not carried through the loop.
+      const int its_unit =
+          (keep(rank) * Shape::kGroups + keep(group)) * kGroupUnits + keep(lane) / 4 + 8 * (keep(split) / 2);
+      const int64_t at = (static_cast<int64_t>(keep(direction)) * batch + keep(own.sequence)) * hidden + its_unit;
       static_cast<T*>(args.hn)[at] = from_float<T>(own.h);
       if constexpr (Cell::kHasCell) static_cast<T*>(args.cn)[at] = from_float<T>(own.c);
     }

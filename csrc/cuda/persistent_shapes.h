@@ -63,19 +63,18 @@ struct TeamShape {
   constexpr int h_bytes() const { return warps() * 32 * bytes; }
   constexpr int bias_bytes() const { return cell.slots * units() * 4; }
   constexpr int forward_shared_bytes() const {
-    const int used = state_buffers() * state_bytes() + split_buffers() * split_bytes();
-    return kBarrierBytes + (used > stage_bytes(cell.gates) ? used : stage_bytes(cell.gates)) + 2 * x_bytes() +
-           h_bytes() + bias_bytes() + forward_weight_bytes();
+    const int used =
+        state_buffers() * state_bytes() + split_buffers() * split_bytes() + 2 * x_bytes() + h_bytes() + bias_bytes();
+    return kBarrierBytes + (used > stage_bytes(cell.gates) ? used : stage_bytes(cell.gates)) + forward_weight_bytes();
   }
 
   // Backward: a warp has row_tiles() tiles of W_hh transposed, and all of k.
   constexpr int row_tiles() const { return blocks / kSplit; }
   constexpr int plane() const { return units() / piece(); }  // pieces of a slot
   constexpr int backward_pairs() const { return (cell.gates * plane() + 3) / 4; }
-  // Accumulators of many tiles take their share of the registers.
   constexpr int backward_held() const {
-    const int spare = spare_registers() - (row_tiles() > 4 ? 4 * (row_tiles() - 4) : 0);
-    return spare < 0 ? 0 : least(backward_pairs(), spare / (8 * row_tiles()));
+    const int spare = groups() > 2 ? spare_registers() : grid && tiles > 1 && bytes == 4 ? 96 : 128;
+    return least(backward_pairs(), spare / (8 * row_tiles()));
   }
   constexpr int gate_pieces() const {
     return cell.slots * plane() > 4 * backward_pairs() ? cell.slots * plane() : 4 * backward_pairs();
@@ -93,9 +92,9 @@ struct TeamShape {
   constexpr int value_pieces() const { return kept_pieces() + h_pieces() + cell_pieces() + bytes; }
   constexpr int value_bytes() const { return tiles * warps() * 2 * value_pieces() * 16; }
   constexpr int backward_shared_bytes() const {
-    const int used = grid ? 0 : 2 * part_bytes();  // a grid's parts are in global memory
-    return kBarrierBytes + (used > stage_bytes(row_tiles()) ? used : stage_bytes(row_tiles())) + 2 * gate_bytes() +
-           2 * value_bytes() + backward_weight_bytes();
+    const int used = (grid ? 0 : 2 * part_bytes()) + 2 * gate_bytes() + 2 * value_bytes();
+    return kBarrierBytes + (used > stage_bytes(row_tiles()) ? used : stage_bytes(row_tiles())) +
+           backward_weight_bytes();
   }
 
   // What weights of a warp's `count` tiles pass through when a block starts, kStageTiles at a time.
@@ -107,7 +106,7 @@ struct TeamShape {
   constexpr int64_t backward_exchange_bytes() const { return 2 * static_cast<int64_t>(blocks) * part_bytes(); }
 
   static constexpr int kBarrierBytes = 128, kNumbers = 64;  // barriers, and from there on numbers
-  static constexpr int kSharedLimit = 227 * 1024;  // of a block on the largest device
+  static constexpr int kSharedLimit = 227 * 1024;           // of a block on the largest device
   // Whether a block's shared memory holds what forward and backward need.
   constexpr bool fits(int shared_limit = kSharedLimit) const {
     return forward_shared_bytes() <= shared_limit && backward_shared_bytes() <= shared_limit;

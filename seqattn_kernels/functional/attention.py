@@ -155,7 +155,7 @@ def additive_attention(
         # The operator looks at everything itself; what it refuses is looked at below, to convert it or to say why.
         try:
             context, weights = ops.attention.additive(query, keys, packed, values, v, lengths, mask, need_weights)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             pass
         else:
             return context, weights if need_weights else None

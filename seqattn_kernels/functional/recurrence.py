@@ -292,8 +292,10 @@ def _run(
     on_cuda = data.is_cuda
     cast_to: torch.dtype | None = None
     if _autocasts(data):
-        dtype = torch.get_autocast_dtype(data.device.type)
-        # On a CPU all is computed in float32, which is more than torch does; the dtype of the results follows torch.
+        # Autocast runs cuDNN's function in float16, whatever dtype it was asked for. On a CPU all is computed in
+        # float32, which is more than torch does; the dtype of the results follows torch.
+        by_cudnn = on_cuda and torch.backends.cudnn.enabled
+        dtype = torch.float16 if by_cudnn else torch.get_autocast_dtype(data.device.type)
         cast_to = dtype if on_cuda else torch.float32
         if cell == "gru" and not on_cuda:
             dtype = hx.dtype if isinstance(hx, Tensor) else data.dtype

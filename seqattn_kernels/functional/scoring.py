@@ -75,7 +75,9 @@ def attend(
     """
     name = score_backend(kind, query, backend)
     dtype = query.dtype
-    if computed_wide(query, name) or not query.dtype == keys.dtype == values.dtype:
+    given = (query, keys, values, v, features, feature_weight)
+    mixed = any(t is not None and t.dtype != query.dtype for t in given)  # under autocast
+    if computed_wide(query, name) or mixed:
         query, keys, values = _wide(query), _wide(keys), _wide(values)
         v, features, feature_weight = (t if t is None else _wide(t) for t in (v, features, feature_weight))
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):

@@ -76,7 +76,7 @@ class Configuration:
     dtype: str = "fp32"
     terms: int = 0
     types: dict[str, str] = field(default_factory=dict)
-    options: dict[str, int] = field(default_factory=dict)
+    registers: int | None = None
 
 
 def configurations(tuning: bool) -> Iterator[Configuration]:
@@ -85,12 +85,12 @@ def configurations(tuning: bool) -> Iterator[Configuration]:
         yield from _exponentials(dtype)
         for forward in tiles.FORWARD_TILES if tuning else [tiles.FORWARD]:
             yield _scores_fwd(forward, dtype)
-        for backward in tiles.BACKWARD_TILES if tuning else [tiles.BACKWARD[size]]:
+        for backward in tiles.BACKWARD_TILES if tuning else [tiles.BACKWARD]:
             yield from _scores_bwd(backward, dtype)
         yield from _rows(dtype)
         for step in tiles.STEP_TILES if tuning else [tiles.STEP[size]]:
             yield from _step_fwd(step, dtype)
-        for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD[size]]:
+        for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD]:
             yield _step_bwd(step, dtype)
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     yield from _any_score()
@@ -112,7 +112,7 @@ def _scores_fwd(tile: tiles.ForwardTile, dtype: str) -> Configuration:
     )  # fmt: skip
     name = f"scores_fwd {tile.T}x{tile.S}, {tile.stages} x {tile.unroll} columns, by {3 if tile.by_three else 4}"
     terms = tile.T * tile.S * tile.unroll
-    return Configuration(name, scores_fwd_kernel, constants, tile.warps, dtype, terms, options=tile.limits())
+    return Configuration(name, scores_fwd_kernel, constants, tile.warps, dtype, terms, registers=tile.registers)
 
 
 def _scores_bwd(tile: tiles.BackwardTile, dtype: str) -> Iterator[Configuration]:
@@ -120,13 +120,14 @@ def _scores_bwd(tile: tiles.BackwardTile, dtype: str) -> Iterator[Configuration]
     for own_query in (True, False):
         constants = dict(
             FORWARD=score.forward, GRADIENT=score.gradient, MERGED=True, OWN_QUERY=own_query, WITH_V=own_query,
-            N_BLOCK=tile.N, A_BLOCK=tile.A, STAGES=tile.stages, ROWS=tile.rows, GROUP_ROWS=GROUP,
+            N_BLOCK=tile.N, A_BLOCK=tile.A, STAGES=tile.stages, ROWS=tile.rows, PRECISE=dtype == "fp32",
+            GROUP_ROWS=GROUP,
         )  # fmt: skip
         constants |= {"m_step": 1} if own_query else {"n_step": 1, "d_v": None}
         side = "query, v" if own_query else "keys"
         name = f"scores_bwd {side} {tile.N}x{tile.A}, {tile.stages} x {tile.rows} rows"
         terms = tile.N * tile.A * tile.rows
-        yield Configuration(name, scores_bwd_kernel, constants, tile.warps, dtype, terms, options=tile.limits())
+        yield Configuration(name, scores_bwd_kernel, constants, tile.warps, dtype, terms, registers=tile.registers)
 
 
 def _rows(dtype: str) -> Iterator[Configuration]:
@@ -163,7 +164,7 @@ def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:
 
 def _any_score() -> Iterator[Configuration]:
     """The form that knows nothing of the score but its two functions."""
-    dot, forward, backward = SCORES["dot"], tiles.FORWARD, tiles.BACKWARD[4]
+    dot, forward, backward = SCORES["dot"], tiles.FORWARD, tiles.BACKWARD
     absent: dict[str, Any] = dict.fromkeys(["q_exp", "k_exp", "coefficients", "q_spans", "k_spans", "v"])
     constants = dict(
         FORWARD=dot.forward, MERGED=False, T_BLOCK=forward.T, S_BLOCK=forward.S, UNROLL=16, COLUMNS=16, STAGES=1,
@@ -173,7 +174,7 @@ def _any_score() -> Iterator[Configuration]:
     absent = dict.fromkeys(["own_exp", "other_exp", "own_spans", "other_spans", "v", "d_v"])
     constants = dict(
         FORWARD=dot.forward, GRADIENT=dot.gradient, MERGED=False, OWN_QUERY=True, WITH_V=False, N_BLOCK=backward.N,
-        A_BLOCK=backward.A, STAGES=1, ROWS=backward.rows, GROUP_ROWS=GROUP,
+        A_BLOCK=backward.A, STAGES=1, ROWS=backward.rows, PRECISE=True, GROUP_ROWS=GROUP,
     )  # fmt: skip
     yield Configuration("scores_bwd of any score", scores_bwd_kernel, constants | absent, backward.warps)
 
@@ -196,8 +197,9 @@ def compiled(configuration: Configuration, target: GPUTarget) -> Any:
             signature[name] = configuration.types.get(name) or TYPES.get(name) or "*" + configuration.dtype
             attributes[(i,)] = [["tt.divisibility", 16]]
     constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    limits = tiles.limits(configuration.registers, target.backend)
     source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": configuration.warps, **configuration.options})
+    return triton.compile(source, target=target, options={"num_warps": configuration.warps, **limits})
 
 
 def described(c: Configuration, found: Listing, target: GPUTarget) -> str:

@@ -42,11 +42,14 @@ def merged_block(
     MASKED: tl.constexpr,
     WITH_V: tl.constexpr,
     BOUNDED: tl.constexpr,
+    PRECISE: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     """ROWS rows of the other side. MASKED: only `left` of them are there; those up to a whole group hold e^0, and
     are multiplied by zero."""
     total = 0.0
+    # Few terms are added up before the whole sum is touched: fewer roundings are of its size.
+    part = tl.zeros(acc.shape, tl.float32)
     for i in tl.static_range(0, ROWS, 2):
         first, second = n_mask, n_mask
         if MASKED:
@@ -56,15 +59,21 @@ def merged_block(
         d1 = tl.load(d_scores + (i + 1) * step, mask=second, other=0.0)[:, None]
         e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
         e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
-        r0, r1 = additive_reciprocals(own, own, e0, e1, BOUNDED, TARGET)
-        acc += d0 * (r0 - r0 * r0)
-        acc += d1 * (r1 - r1 * r1)
+        r0, r1, c0, c1 = additive_reciprocals(own, own, e0, e1, BOUNDED, PRECISE, TARGET)
+        if PRECISE:
+            part += d0 * r0 * c0
+            part += d1 * r1 * c1
+        else:
+            acc += d0 * (r0 - r0 * r0)
+            acc += d1 * (r1 - r1 * r1)
         if WITH_V:
             acc_v += d0 * r0
             acc_v += d1 * r1
             total += d0 + d1
     if WITH_V:
         acc_v -= 0.5 * total
+    if PRECISE:
+        acc += part
     return acc, acc_v
 
 
@@ -84,6 +93,7 @@ def merged_rows(
     STAGES: tl.constexpr,
     WITH_V: tl.constexpr,
     BOUNDED: tl.constexpr,
+    PRECISE: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     """Sums over the other side's rows of d * (r - r^2) and, for v, of d * (r - 1/2)."""
@@ -92,7 +102,22 @@ def merged_rows(
     whole = tl.maximum(count, 0) // ROWS * ROWS
     for _ in tl.range(0, whole, ROWS, num_stages=STAGES):
         acc, acc_v = merged_block(
-            acc, acc_v, own, other, d_scores, n_mask, a_mask, step, ROWS, AP, ROWS, False, WITH_V, BOUNDED, TARGET
+            acc,
+            acc_v,
+            own,
+            other,
+            d_scores,
+            n_mask,
+            a_mask,
+            step,
+            ROWS,
+            AP,
+            ROWS,
+            False,
+            WITH_V,
+            BOUNDED,
+            PRECISE,
+            TARGET,
         )
         d_scores += ROWS * step
         other += ROWS * AP
@@ -112,6 +137,7 @@ def merged_rows(
             True,
             WITH_V,
             BOUNDED,
+            PRECISE,
             TARGET,
         )
     return acc, acc_v
@@ -138,21 +164,24 @@ def direct_rows(
     """Sums over the other side's rows of d * (derivative by the own side) and, for v, of d * term. Any score."""
     acc = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
-    for m in range(0, count):
-        d = tl.load(d_scores, mask=n_mask, other=0.0)[:, None]
-        there = a_mask
-        if used is not None:
-            there = there & (tl.load(used + m) != 0)
-        row = tl.load(other, mask=there, other=0.0).to(tl.float32)[None, :]
-        if OWN_QUERY:
-            d_own, _ = GRADIENT(own, row)
-        else:
-            _, d_own = GRADIENT(row, own)
-        acc += d * d_own
-        if WITH_V:
-            acc_v += d * FORWARD(own, row)
-        d_scores += step
-        other += A
+    for first in range(0, count, 16):
+        part = tl.zeros((N_BLOCK, A_BLOCK), tl.float32)
+        for m in range(first, tl.minimum(first + 16, count)):
+            d = tl.load(d_scores, mask=n_mask, other=0.0)[:, None]
+            there = a_mask
+            if used is not None:
+                there = there & (tl.load(used + m) != 0)
+            row = tl.load(other, mask=there, other=0.0).to(tl.float32)[None, :]
+            if OWN_QUERY:
+                d_own, _ = GRADIENT(own, row)
+            else:
+                _, d_own = GRADIENT(row, own)
+            part += d * d_own
+            if WITH_V:
+                acc_v += d * FORWARD(own, row)
+            d_scores += step
+            other += A
+        acc += part
     return acc, acc_v
 
 
@@ -188,6 +217,7 @@ def scores_bwd_kernel(
     A_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that brings rows of the other side into shared memory
     ROWS: tl.constexpr,  # of the other side at a time, by which GROUP_ROWS is divisible
+    PRECISE: tl.constexpr,  # errors of the size of stock float32; halves don't show them
     GROUP_ROWS: tl.constexpr,
     TARGET: tl.constexpr,
 ):
@@ -243,13 +273,29 @@ def scores_bwd_kernel(
                 STAGES,
                 WITH_V,
                 False,
+                PRECISE,
                 TARGET,
             )
             acc *= 4.0
             acc_v *= -2.0
         elif form == 1:
             acc, acc_v = merged_rows(
-                e, rows, d_scores, n_mask, a_mask, m_step, count, AP, N_BLOCK, A_BLOCK, 2, 1, WITH_V, True, TARGET
+                e,
+                rows,
+                d_scores,
+                n_mask,
+                a_mask,
+                m_step,
+                count,
+                AP,
+                N_BLOCK,
+                A_BLOCK,
+                2,
+                1,
+                WITH_V,
+                True,
+                PRECISE,
+                TARGET,
             )
             acc *= 4.0
             acc_v *= -2.0
@@ -306,10 +352,9 @@ def scores_bwd(
     keys: Tensor,
     v: Tensor | None,
     masks: Masks = EVERYTHING,
-    tile: tiles.BackwardTile | None = None,
+    tile: tiles.BackwardTile = tiles.BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, keys and v. d_scores [B, T, S] must be zero where a query doesn't attend."""
-    tile = tile or tiles.BACKWARD[query.element_size()]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     d_scores = d_scores.contiguous()
     (batch, steps, width), source = query.shape, keys.shape[1]
@@ -366,10 +411,11 @@ def scores_bwd(
                 A_BLOCK=tile.A,
                 STAGES=tile.stages,
                 ROWS=tile.rows,
+                PRECISE=query.dtype == torch.float32,
                 GROUP_ROWS=GROUP,
                 TARGET=target(),
                 num_warps=tile.warps,
-                **tile.limits(),
+                **tiles.limits(tile.registers, target()),
             )
         if v is not None and partial is not None:
             d_v = partial.view(batch // rows_of(v), rows_of(v), -1, width).sum((0, 2)).view_as(v).to(v.dtype)

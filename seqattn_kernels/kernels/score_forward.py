@@ -60,6 +60,9 @@ def merged_tile(
     acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
     for _ in tl.range(0, AP, UNROLL, num_stages=STAGES):
         threes: tl.constexpr = threes_of(UNROLL, BY_THREE)
+        # Without half of sum v, partial sums are as small as those of v * tanh, and so are their rounding errors. Few
+        # terms are added up before the whole sum is touched, for the same reason.
+        part = tl.zeros((T_BLOCK, S_BLOCK), tl.float32) - tl.load(coefficients + UNROLL)
         for i in tl.static_range(0, threes, 3):
             q0 = tl.load(q + i * T_BLOCK)[:, None]
             q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
@@ -70,7 +73,7 @@ def merged_tile(
             c0 = tl.load(coefficients + i)
             c1 = tl.load(coefficients + i + 1)
             c2 = tl.load(coefficients + i + 2)
-            acc += additive_merged3(q0, q1, q2, k0, k1, k2, c0, c1, c2, TARGET)
+            part += additive_merged3(q0, q1, q2, k0, k1, k2, c0, c1, c2, TARGET)
         for i in tl.static_range(threes, UNROLL, 4):
             q0 = tl.load(q + i * T_BLOCK)[:, None]
             q1 = tl.load(q + (i + 1) * T_BLOCK)[:, None]
@@ -84,9 +87,8 @@ def merged_tile(
             c1 = tl.load(coefficients + i + 1)
             c2 = tl.load(coefficients + i + 2)
             c3 = tl.load(coefficients + i + 3)
-            acc += additive_merged4(q0, q1, q2, q3, k0, k1, k2, k3, c0, c1, c2, c3, TARGET)
-        # Without half of sum v, partial sums are as small as those of v * tanh, and so are their rounding errors.
-        acc -= tl.load(coefficients + UNROLL)
+            part += additive_merged4(q0, q1, q2, q3, k0, k1, k2, k3, c0, c1, c2, c3, TARGET)
+        acc += part
         q += UNROLL * T_BLOCK
         k += UNROLL * S_BLOCK
         coefficients += UNROLL + 1
@@ -101,14 +103,14 @@ def bounded_tile(
     q += tl.arange(0, T_BLOCK)
     k += tl.arange(0, S_BLOCK)
     acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
-    for a in range(0, AP):
-        acc += additive_bounded(tl.load(q)[:, None], tl.load(k)[None, :], tl.load(coefficients), TARGET)
-        q += T_BLOCK
-        k += S_BLOCK
-        coefficients += 1
-        if a % UNROLL == UNROLL - 1:
-            acc -= tl.load(coefficients)
-            coefficients += 1
+    for _ in range(0, AP, UNROLL):
+        part = tl.zeros((T_BLOCK, S_BLOCK), tl.float32) - tl.load(coefficients + UNROLL)
+        for i in range(0, UNROLL):
+            part += additive_bounded(tl.load(q)[:, None], tl.load(k)[None, :], tl.load(coefficients + i), TARGET)
+            q += T_BLOCK
+            k += S_BLOCK
+        acc += part
+        coefficients += UNROLL + 1
     return acc
 
 
@@ -118,13 +120,16 @@ def direct_tile(query, keys, v, t, s, T, S, A, FORWARD: tl.constexpr, T_BLOCK: t
     query += t.to(tl.int64) * A
     keys += s.to(tl.int64) * A
     acc = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
-    for a in range(0, A):
-        q = tl.load(query + a, mask=t < T, other=0.0).to(tl.float32)
-        k = tl.load(keys + a, mask=s < S, other=0.0).to(tl.float32)
-        term = FORWARD(q[:, None], k[None, :])
-        if v is not None:
-            term *= tl.load(v + a).to(tl.float32)
-        acc += term
+    for first in range(0, A, 16):
+        part = tl.zeros((T_BLOCK, S_BLOCK), tl.float32)
+        for a in range(first, tl.minimum(first + 16, A)):
+            q = tl.load(query + a, mask=t < T, other=0.0).to(tl.float32)
+            k = tl.load(keys + a, mask=s < S, other=0.0).to(tl.float32)
+            term = FORWARD(q[:, None], k[None, :])
+            if v is not None:
+                term *= tl.load(v + a).to(tl.float32)
+            part += term
+        acc += part
     return acc
 
 
@@ -251,6 +256,6 @@ def scores_fwd(
             K_GROUP=group_of(tile.S),
             TARGET=target(),
             num_warps=tile.warps,
-            **tile.limits(),
+            **tiles.limits(tile.registers, target()),
         )
     return out

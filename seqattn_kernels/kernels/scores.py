@@ -63,7 +63,9 @@ def tanh(x):
     series = series * z - 5.37397155531e-2
     series = series * z + 1.33314422036e-1
     series = series * z - 3.33332819422e-1
-    return tl.where(tl.abs(x) < 0.625, series * z * x + x, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
+    size = tl.abs(x)
+    tail = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
+    return tl.where(size < 0.625, series * z * x + x, tl.where(x < 0, -tail, tail))
 
 
 @triton.jit
@@ -130,15 +132,32 @@ def additive_bounded(q, k, c, TARGET: tl.constexpr):
 
 
 @triton.jit
-def additive_reciprocals(q0, q1, k0, k1, BOUNDED: tl.constexpr, TARGET: tl.constexpr):
-    """r = 1 / x of two elements, from one special function. tanh = 1 - 2 r, its derivative 4 (r - r^2)."""
+def additive_reciprocals(q0, q1, k0, k1, BOUNDED: tl.constexpr, PRECISE: tl.constexpr, TARGET: tl.constexpr):
+    """r = 1 / x of two elements, from one special function, then 1 - r. tanh = 1 - 2 r, its derivative 4 r (1 - r).
+
+    PRECISE: 1 - r = e * r, to its own last bits however near r is to 1, for two more operations.
+    """
+    if PRECISE:
+        e0 = q0 * k0
+        e1 = q1 * k1
+        if BOUNDED:
+            e0 = tl.minimum(e0, 2147483648.0)
+            e1 = tl.minimum(e1, 2147483648.0)
+        x0 = e0 + 1.0
+        x1 = e1 + 1.0
+        d = reciprocal(x0 * x1, TARGET)
+        r0 = d * x1
+        r1 = d * x0
+        return r0, r1, e0 * r0, e1 * r1
     x0 = q0 * k0 + 1.0
     x1 = q1 * k1 + 1.0
     if BOUNDED:
         x0 = tl.minimum(x0, 2147483648.0)
         x1 = tl.minimum(x1, 2147483648.0)
     d = reciprocal(x0 * x1, TARGET)
-    return d * x1, d * x0
+    r0 = d * x1
+    r1 = d * x0
+    return r0, r1, 1.0 - r0, 1.0 - r1
 
 
 @triton.jit

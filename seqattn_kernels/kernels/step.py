@@ -337,14 +337,13 @@ def step_bwd(
     keys: Tensor,
     v: Tensor | None,
     masks: Masks,
-    tile: tiles.StepTile | None = None,
+    tile: tiles.StepTile = tiles.STEP_BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
     (batch, width), source = query.shape, keys.shape[1]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     if batch == 0 or source == 0 or width == 0:
         return torch.zeros_like(query), torch.zeros_like(keys), None if v is None else torch.zeros_like(v)
-    tile = tile or tiles.STEP_BACKWARD[keys.element_size()]
     d_keys = torch.empty_like(keys)
     a_block = triton.next_power_of_2(max(width, 16))
     block = max(1, min(32, tile.elements // a_block))

@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-class Limits:
-    """What bounds the registers of a kernel on NVIDIA: more of them fit then."""
-
-    registers: int | None
-
-    def limits(self) -> dict[str, int]:
-        return {} if self.registers is None else {"maxnreg": self.registers}
+def limits(registers: int | None, target: str) -> dict[str, int]:
+    """Options that bound the registers of a kernel on NVIDIA, so that more of its blocks fit."""
+    return {"maxnreg": registers} if registers and target == "cuda" else {}
 
 
 @dataclass(frozen=True)
-class ForwardTile(Limits):
+class ForwardTile:
     T: int
     S: int
     unroll: int
@@ -26,7 +22,7 @@ class ForwardTile(Limits):
 
 
 @dataclass(frozen=True)
-class BackwardTile(Limits):
+class BackwardTile:
     N: int
     A: int
     warps: int
@@ -44,16 +40,13 @@ class StepTile:
 
 
 FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4)
+BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=3, rows=8)
 # By the bytes of an element of the inputs.
-BACKWARD = {4: BackwardTile(N=16, A=128, warps=4), 2: BackwardTile(N=32, A=128, warps=4, stages=3, rows=8)}
 STEP = {
     4: StepTile(elements=4096, warps=4, stages=3, programs=256),
     2: StepTile(elements=8192, warps=4, stages=3, programs=256),
 }
-STEP_BACKWARD = {
-    4: StepTile(elements=4096, warps=4, stages=1, programs=2048),
-    2: StepTile(elements=4096, warps=4, stages=1, programs=2048),
-}
+STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=3, programs=1024)
 
 # What a tuning run tries.
 FORWARD_TILES = [
@@ -65,12 +58,10 @@ FORWARD_TILES = [
     ForwardTile(32, 128, 8, 4, 1, 168),
 ]
 BACKWARD_TILES = [
+    BACKWARD,
+    BackwardTile(32, 128, 4, 3, 8, 168),
     BackwardTile(16, 128, 4, 1, 4),
-    BackwardTile(32, 128, 4, 3, 8),
-    BackwardTile(16, 128, 4, 3, 8),
-    BackwardTile(16, 128, 4, 1, 8),
     BackwardTile(16, 128, 4, 2, 4),
-    BackwardTile(32, 128, 4, 1, 4),
 ]
 STEP_TILES = [
     StepTile(8192, 4, 3, 256),

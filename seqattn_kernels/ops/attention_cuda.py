@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from seqattn_kernels import native
+from seqattn_kernels.reference.attention import SCORES
+from seqattn_kernels.reference.normalizers import NORMALIZERS
 
 # As in csrc/ops.cpp.
 SCHEMAS = {
@@ -19,13 +21,13 @@ SCHEMAS = {
     "Tensor? mask, bool need_weights) -> (Tensor, Tensor)",
     "additive_bwd": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
     "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)",
-    "scores_fwd": "(str kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
+    "scores_fwd": "(int kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
     "Tensor? lengths) -> Tensor",
-    "scores_bwd": "(str kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
+    "scores_bwd": "(int kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
     "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "normalize_fwd": "(str kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
+    "normalize_fwd": "(int kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
     "float fill, bool zero_empty) -> Tensor",
-    "normalize_bwd": "(str kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
+    "normalize_bwd": "(int kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
     "-> Tensor",
 }
 
@@ -48,7 +50,11 @@ def _implementation(name: str) -> Callable[..., Any]:
 
         return getattr(kernels, name)(*args)
 
-    return call
+    def call_by_kind(kind: int, *args: Any) -> Any:
+        table = SCORES if name.startswith("scores") else NORMALIZERS
+        return call(list(table)[kind], *args)
+
+    return call_by_kind if SCHEMAS[name].startswith("(int kind") else call
 
 
 if _installed:

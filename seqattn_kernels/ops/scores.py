@@ -57,6 +57,16 @@ _KINDS: dict[bool, list[str]] = {
 }
 
 
+def score_number(kind: str) -> int:
+    """What operators call a score."""
+    return list(reference.attention.SCORES).index(kind)
+
+
+def normalizer_number(kind: str) -> int:
+    """What operators call a normalizer."""
+    return list(reference.normalizers.NORMALIZERS).index(kind)
+
+
 def native_kinds(device: str) -> list[str]:
     """The scores that a kernel exists for on devices of this type."""
     return _KINDS[device == "cpu"]
@@ -77,7 +87,9 @@ class ScoresFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(kind, query, keys, v, features, feature_weight, lengths):
-        return torch.ops.seqattn.scores_fwd.default(kind, query, keys, v, features, feature_weight, lengths)
+        return torch.ops.seqattn.scores_fwd.default(
+            score_number(kind), query, keys, v, features, feature_weight, lengths
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,7 +103,7 @@ class ScoresFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, d_scores)
         else:
-            found = torch.ops.seqattn.scores_bwd.default(ctx.kind, d_scores, *tensors, lengths)
+            found = torch.ops.seqattn.scores_bwd.default(score_number(ctx.kind), d_scores, *tensors, lengths)
         return (None, *(g if need else None for g, need in zip(found, needs, strict=True)), None)
 
 
@@ -141,7 +153,7 @@ def scores(
         t is not None and t.requires_grad for t in (query, keys, v, features, feature_weight)
     ):
         return apply_function(ScoresFunction, kind, query, keys, v, features, feature_weight, lengths)
-    return torch.ops.seqattn.scores_fwd.default(kind, query, keys, v, features, feature_weight, lengths)
+    return torch.ops.seqattn.scores_fwd.default(score_number(kind), query, keys, v, features, feature_weight, lengths)
 
 
 class NormalizeFunction(torch.autograd.Function):
@@ -152,7 +164,7 @@ class NormalizeFunction(torch.autograd.Function):
     @staticmethod
     def forward(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
         return torch.ops.seqattn.normalize_fwd.default(
-            kind, scores, lengths, mask, scale, temperature, fill, zero_empty
+            normalizer_number(kind), scores, lengths, mask, scale, temperature, fill, zero_empty
         )
 
     @staticmethod
@@ -174,7 +186,12 @@ class NormalizeFunction(torch.autograd.Function):
         else:
             scale, temperature = ctx.numbers[:2]
             d_scores = d_mask = torch.ops.seqattn.normalize_bwd.default(
-                ctx.kind, d_weights, weights, lengths, mask, 1 / temperature if needs[1] else scale / temperature
+                normalizer_number(ctx.kind),
+                d_weights,
+                weights,
+                lengths,
+                mask,
+                1 / temperature if needs[1] else scale / temperature,
             )
             if needs[1]:
                 d_scores = d_scores * scale
@@ -195,7 +212,9 @@ def normalize(
     """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`."""
     if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
         return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
-    return torch.ops.seqattn.normalize_fwd.default(kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
+    return torch.ops.seqattn.normalize_fwd.default(
+        normalizer_number(kind), scores, lengths, mask, scale, temperature, fill, zero_empty
+    )
 
 
 class ContextFunction(torch.autograd.Function):

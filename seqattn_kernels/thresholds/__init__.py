@@ -63,5 +63,7 @@ def faster_than_torch(request: Any) -> bool:
     """Whether our kernels were measured to be faster than torch's function for this request, on its GPU."""
     if request.device.type != "cuda":
         return False
+    if request.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return False  # measured with tf32, which persistent kernels need
     index = request.device.index if request.device.index is not None else torch.cuda.current_device()
     return _load(index) and any(fits(rule, request) for rule in _known[index])

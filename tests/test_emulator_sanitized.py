@@ -1,0 +1,42 @@
+"""The emulator's tests once more, compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import emulator_build
+
+# Faults planted for the emulator to find would be the sanitizer's first; the largest kernels take minutes.
+TESTS = {
+    "tests/test_emulator.py": "not planted and not stray",
+    "tests/test_emulated_recurrence.py": "stepwise or places or projection or rows or values or 128x8 or 256x8",
+    "tests/test_emulated_decoder.py": "places",
+}
+
+
+def library(name: str) -> str:
+    command = [str(emulator_build.compiler()), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(emulator_build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("file", TESTS)
+def test_sanitizers_are_silent(file: str) -> None:
+    libraries = [library(name) for name in ("libasan.so", "libubsan.so")]
+    if not all(os.path.isabs(path) for path in libraries):
+        pytest.skip("the compiler has no sanitizers")
+    environment = os.environ | {
+        "SEQATTN_EMULATOR": str(emulator_build.build(sanitize=True)),
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python's own memory is no leak
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", file, "-k", TESTS[file]]
+    done = subprocess.run(command, cwd=emulator_build.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "passed" in done.stdout
