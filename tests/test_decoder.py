@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -96,6 +99,33 @@ def test_float64_and_gradients(cell, score, order, feedback, output, layers, siz
     assert_close_to_float64(
         run_with_gradients(decoder, given, backend="cpu"), run_with_gradients(decoder, given, backend="reference")
     )
+
+
+@needs_native
+@pytest.mark.parametrize("order", ["bahdanau", "luong"])
+@pytest.mark.parametrize("score", ["additive", "dot"])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 300), (9, 70)])
+def test_longer_than_a_chunk(score: str, order: str, rows: int, steps: int) -> None:
+    """Inputs are projected and gradients multiplied some hundred rows at a time; their seams must not show."""
+    decoder, given = make("lstm", score, order, "both", 6, 2, size=(rows, steps, 5, 4, 9, 9, 5))
+    assert_close_to_float64(
+        run_with_gradients(decoder, given, backend="cpu"), run_with_gradients(decoder, given, backend="reference")
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The same tests on the kernels that an older processor would take."""
+    selection = "test_threads_change_no_bit or test_float64_and or test_longer or test_masked"
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
 
 
 @needs_native

@@ -35,9 +35,11 @@ class DecoderWeightGradients : TileRows<Cell, T> {
                              auto&& row_at) {
         add_product(N, row_at, [&](int64_t at, int64_t vectors) {
           for (int s = first; s < first + Cell::kGates; ++s) {
-            multiply_within(const_cast<T*>(dw) + (gate_of(s) * p_.H + begin) * ld + column, ld, N,
-                            w_.gates + (s * width + begin) * w_.ld_t, w_.ld_t, own_.panel, vectors * W, rows,
-                            end - begin, at, vectors, true, own_.product);
+            for_each_block(p_.H, begin, end, [&](int64_t unit, int64_t count) {
+              multiply_within(const_cast<T*>(dw) + (gate_of(s) * p_.H + unit) * ld + column, ld, N,
+                              w_.gates + (s * width + unit) * w_.ld_t, w_.ld_t, own_.panel, vectors * W, rows, count,
+                              at, vectors, true, own_.product);
+            });
           }
         });
       };
@@ -87,6 +89,17 @@ class DecoderWeightGradients : TileRows<Cell, T> {
     if (*begin > *end) *begin = *end;
   }
 
+  // Calls body(first, count) for each group of rows in [begin, end): rows that are multiplied together, whichever
+  // thread does, since sums run in an order that depends on how many there are.
+  template <class F>
+  static void for_each_block(int64_t n, int64_t begin, int64_t end, F&& body) {
+    const Groups groups(vectors_of<T>(n));
+    for (int64_t g = 0; g < groups.groups; ++g) {
+      const int64_t first = groups.begin(g) * W, next = groups.begin(g + 1) * W;
+      if (first >= begin && first < end) body(first, (next < n ? next : n) - first);
+    }
+  }
+
   // out[column][row] = in[row][column].
   void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out) const {
     for (int64_t r = 0; r < rows; r += W) {
@@ -130,8 +143,10 @@ class DecoderWeightGradients : TileRows<Cell, T> {
     transpose(d + begin, ld_d, n_ * steps_, end - begin, transposed);
     add_sums(transposed, n_ * steps_, end - begin, db ? db + begin : nullptr, nullptr);
     add_product(N, row_at, [&](int64_t at, int64_t vectors) {
-      multiply_within(dw + begin * ld + column, ld, N, transposed, w_.ld_t, own_.panel, vectors * W, n_ * steps_,
-                      end - begin, at, vectors, true, own_.product);
+      for_each_block(n, begin, end, [&](int64_t r, int64_t count) {
+        multiply_within(dw + r * ld + column, ld, N, scratch + r * w_.ld_t, w_.ld_t, own_.panel, vectors * W,
+                        n_ * steps_, count, at, vectors, true, own_.product);
+      });
     });
   }
 

@@ -182,8 +182,8 @@ def call(step: Step, tokens: Tensor, state: Any, memory: Any, end: int | None) -
         raise ValueError(f"end: expected a token below V={log_probs.size(1)} (from log_probs), got {end}")
     if weights is not None and (not isinstance(weights, Tensor) or weights.dim() != 2 or weights.size(0) != n):
         raise ValueError(f"step: expected weights [N, S] with N={n} (from tokens), got {_describe(weights)}")
-    # NaN fails the comparison too, so one look at the device serves both.
-    if not bool((log_probs <= LARGEST_LOG_PROB).all()):
+    # The largest is NaN where any is, and NaN fails the comparison: one look at the device serves both.
+    if n and not bool(log_probs.max() <= LARGEST_LOG_PROB):
         if bool(log_probs.isnan().any()):
             raise ValueError("step: expected log-probabilities, got NaN")
         raise ValueError(
