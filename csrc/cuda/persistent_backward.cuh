@@ -169,7 +169,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
 
-  const auto sequence_of = [&](int tile) { return keep(first) + tile * columns + column; };
+  const auto sequence_of = [&](int tile) {
+    return (kGroups > 2 || kBytes == 4 ? keep(first) : first) + tile * columns + column;
+  };
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
