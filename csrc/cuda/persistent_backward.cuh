@@ -169,7 +169,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
 
-  const auto sequence_of = [&](int tile) { return keep(first) + tile * columns + column; };
+  const auto sequence_of = [&](int tile) {
+    return (kGroups > 2 || kBytes == 4 ? keep(first) : first) + tile * columns + column;
+  };
   const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
   // Step t of a sequence, in rows of the internal arrays and of the caller's.
   const auto row_of = [&](int t, int sequence) {
@@ -179,14 +181,14 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
   };
 
-  // Pieces of values this lane fetches, for its own column. Step t of tile i is `step` * t (or offsets[t]) and
-  // `tile` * i bytes from `from`; `traits` has 1 for a piece of the step before (in forward's time), 2 for an aligned
-  // one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
+  // Pieces of values this lane fetches, for its own column. Step t is `step` * t (or offsets[t]) bytes from `from`,
+  // each further sequence `sequence` bytes; `traits` has 1 for a piece of the step before (in forward's time), 2 for an
+  // aligned one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
   constexpr TeamShape kTeam = Shape::kShape;
   constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
   struct Piece {
     const unsigned char* from;
-    int step, tile, traits;
+    int step, sequence, traits;
   } fetched[kFetches];
   SEQATTN_UNROLL
   for (int i = 0; i < kFetches; ++i) {
@@ -205,8 +207,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + at +
                static_cast<int64_t>(first + column) * sequence_rows * row_bytes;
     own.step = step_rows * row_bytes;
-    own.tile = columns * sequence_rows * row_bytes;
-    const bool aligned = own.step % 16 == 0 && own.tile % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
+    own.sequence = sequence_rows * row_bytes;
+    const bool aligned =
+        own.step % 16 == 0 && own.sequence % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
     own.traits = (is_c ? 1 : 0) + (aligned ? 2 : 0) + 4 * (1 + (left < 0 ? 0 : left < 16 ? left : 16));
     if (k >= kValuePieces || base == nullptr) own.traits = 0;
   }
@@ -221,7 +224,8 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
         const int64_t step = packed ? static_cast<int>(offsets[its_t]) : its_t;
         copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
-                         own.from + step * own.step + tile * own.tile, own.traits / 4 - 1, own.traits & 2);
+                         own.from + step * own.step + static_cast<int64_t>(tile * columns) * own.sequence,
+                         own.traits / 4 - 1, own.traits & 2);
       }
     }
     cp_async_commit();

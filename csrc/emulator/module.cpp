@@ -57,7 +57,7 @@ PYBIND11_MODULE(_emulator, m) {
     Machine::get().device = device;
   });
 
-  py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), py::module_local())
       .def(py::init<std::string, size_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("at_end") = true)
       .def_property_readonly("address", [](const Buffer& b) { return reinterpret_cast<uintptr_t>(b.data()); })
       .def_buffer([](Buffer& b) {

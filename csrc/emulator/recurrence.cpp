@@ -132,7 +132,7 @@ void bind_recurrence(py::module_& m) {
   m.def("step_backward", [](const py::dict& a, int64_t t) { step_backward(from<BackwardStep>(a), t, nullptr); });
   m.def("finish_backward", [](const py::dict& a) { finish_backward(from<BackwardStep>(a), nullptr); });
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())  // _C has its own
       .def_property_readonly("kernel", [](const Plan& p) { return static_cast<int>(p.kernel); })
       .def_readonly("cluster", &Plan::cluster)
       .def_readonly("clusters", &Plan::clusters)
