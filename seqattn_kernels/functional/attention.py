@@ -23,7 +23,7 @@ from seqattn_kernels.functional.arguments import (
 )
 from seqattn_kernels.functional.masks import attended_keys, resolve_masks
 from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import Weighting, choose_backend, each_head, weighting_of
+from seqattn_kernels.functional.weighting import Weighting, choose_backend, computed_wide, each_head, weighting_of
 
 
 class PreparedKeys:
@@ -78,9 +78,9 @@ def prepare_keys(keys: Tensor, *, heads: int = 1, backend: str | None = None) ->
     expect_rank("keys", keys, "[B, S, A]", 3)
     if heads != 1:
         keys = fold_heads("keys", keys, heads)
-    wide = keys if keys.dtype in WIDE else keys.float()
-    packed = None
-    if choose_backend(wide, backend) == "cpu":
+    name, packed = choose_backend(keys, backend), None
+    wide = keys.float() if computed_wide(keys, name) else keys
+    if name == "cpu":
         packed = ops.attention.pack_keys(wide)
     elif not keys.requires_grad:
         keys = wide = wide.clone()

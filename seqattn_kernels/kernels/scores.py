@@ -80,6 +80,18 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(x, y, TARGET: tl.constexpr):
+    """x * y of float32, rounded before anything is added: where lanes hold copies of a sum, each would fuse its own
+    product into it, and the copies would differ in the last bit."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return x * y
+
+
+@triton.jit
 def additive(q, k):
     return tanh(q + k)
 

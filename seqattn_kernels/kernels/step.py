@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqattn_kernels.kernels import tiles
 from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
-from seqattn_kernels.kernels.scores import Score
+from seqattn_kernels.kernels.scores import Score, rounded_product
 
 
 @triton.jit
@@ -87,9 +87,10 @@ def step_fwd_kernel(
         else:
             term, _, _ = QUICK(q[None, :], k.to(tl.float32), TARGET)
         if v is not None:
-            term *= tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+            weight = tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)
+            term = rounded_product(term, weight[None, :], TARGET)
         else:
-            term = tl.where((a < A)[None, :], term, 0.0)
+            term = tl.where((a < A)[None, :], rounded_product(term, tl.full((1, 1), 1.0, tl.float32), TARGET), 0.0)
         x = tl.sum(term, 1)
         if mask is not None and ADDED:
             x += bias
