@@ -241,12 +241,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   SEQATTN_UNROLL
   for (int gate = 0; gate < kGates; ++gate) x_next[gate] = live ? to_float(x_gates[gate * hidden]) : 0.f;
 
-  // The part that needs this lane's feature of q, and the blocks this lane sends h or context to: every eighth.
+  // The part that needs this lane's feature of q.
   const int query_owner = unit / feature_part < parts ? unit / feature_part : parts - 1;
-  const Remote<unsigned char> query_peer = map_shared(shared, present_column ? column * parts + query_owner : rank);
   const int query_at = Shape::kQuery + (unit - query_owner * feature_part) * 4;
-  const Remote<unsigned char> peers[2] = {map_shared(shared, g), map_shared(shared, g + 8)};
-  const Remote<unsigned char> octet_peers[2] = {map_shared(shared, lane % 8), map_shared(shared, lane % 8 + 8)};
 
   // Keys of the attention: `key_lanes` lanes share four that follow each other, eight features each; `key_stride` such
   // fours are looked at together, this lane's n-th is key_first + n * key_stride. Likewise values, one by one.
@@ -329,6 +326,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       const float low = g & 1 ? next : own, high = g & 1 ? own : next;
       const float low2 = shuffle_xor(low, 8), high2 = shuffle_xor(high, 8);
       if (g % 4 == 0 && present_column && unit < features) {
+        const Remote<unsigned char> query_peer = map_shared(shared, column * parts + query_owner);
         store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), Vec<float, 4>{{low, high, low2, high2}},
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
       }
@@ -469,8 +467,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           const int64_t at = Shape::kContext + piece_place((value_begin + d) / kPiece, column_served) * 16;
           SEQATTN_UNROLL
           for (int i = 0; i < 2; ++i) {
-            store_async(remote_cast<Words4>(octet_peers[i] + at), piece,
-                        remote_cast<Barrier>(octet_peers[i] + Shape::kContextCame * sizeof(Barrier)));
+            const Remote<unsigned char> peer = map_shared(shared, lane % 8 + 8 * i);
+            store_async(remote_cast<Words4>(peer + at), piece,
+                        remote_cast<Barrier>(peer + Shape::kContextCame * sizeof(Barrier)));
           }
           static_cast<T*>(args.contexts)[(sequence_served * steps + t) * value + value_begin + d] =
               from_float<T>(found);
@@ -543,7 +542,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         const int64_t barrier = (Shape::kStateCame + 1 - parity) * sizeof(Barrier);
         SEQATTN_UNROLL
         for (int i = 0; i < 2; ++i) {
-          store_async(remote_cast<Words4>(peers[i] + at), piece, remote_cast<Barrier>(peers[i] + barrier));
+          const Remote<unsigned char> peer = map_shared(shared, g + 8 * i);
+          store_async(remote_cast<Words4>(peer + at), piece, remote_cast<Barrier>(peer + barrier));
         }
       }
     }

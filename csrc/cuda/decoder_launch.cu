@@ -50,7 +50,7 @@ const char* start(const DecoderForward& args, int64_t shared_limit, Stream strea
 template <class Cell, class T>
 const char* with_size(const DecoderForward& args, int64_t shared_limit, Stream stream) {
   if (args.hidden <= kSmallDecoder.hidden && args.attention <= kSmallDecoder.hidden) {
-    return start<ClusterDecoder<Cell, T, 2, 4, 8>>(args, shared_limit, stream);
+    return start<ClusterDecoder<Cell, T, 2, 4, 4>>(args, shared_limit, stream);
   }
   return start<ClusterDecoder<Cell, T, 4, 4, 4>>(args, shared_limit, stream);
 }
