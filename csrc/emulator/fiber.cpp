@@ -9,6 +9,7 @@
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -105,6 +106,10 @@ thread_local Fiber* starting = nullptr;
 Fiber::Fiber(const Stack& stack, void (*entry)(void*), void* argument)
     : bottom_(stack.bottom()), size_(stack.size()), entry_(entry), argument_(argument) {
   void (*const trampoline)() = [] { start(starting); };
+#if defined(__SANITIZE_ADDRESS__)
+  // Who ran on this stack before may have been left in the middle of its functions, their frames still marked.
+  ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), stack.size());
+#endif
 #if SEQATTN_UCONTEXT
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack.bottom();
