@@ -14,9 +14,7 @@ from tests import emulator_build
 # threads of a cooperative grid, take minutes.
 TESTS = {
     "tests/test_emulator.py": "not planted and not stray",
-    "tests/test_emulated_recurrence.py": (
-        "(stepwise or places or projection or rows or values or 128x8) and not cooperative"
-    ),
+    "tests/test_emulated_recurrence.py": "(stepwise or places or projection or rows or 128x8) and not cooperative",
     "tests/test_emulated_decoder.py": "places",
 }
 
