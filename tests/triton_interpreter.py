@@ -26,6 +26,7 @@ GRADIENTS = ("query", "keys", "values", "v")
 # Kernel tiles are 32 x 128 forward and 16 x 128 backward: sizes below, at and above an edge.
 SHAPES = [(2, 5, 7, 9, 3), (1, 33, 130, 17, 5), (1, 32, 128, 16, 4), (1, 6, 1, 1, 1), (1, 17, 3, 129, 2)]
 STEPS = [(3, 1, 37, 17, 5), (2, 1, 1, 1, 1), (1, 4, 70, 33, 40), (2, 3, 5, 4, 130)]
+SPLIT_STEPS = [(2, 1, 300, 17, 130), (1, 2, 700, 5, 3)]  # whose keys are split over programs, and joined
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +98,14 @@ def assert_right(tensors, lengths=None, mask=None, dtype=None):
 
 
 @pytest.mark.parametrize("mask", ["none", "lengths", "[B, S]", "[B, 1, S]", "[B, T, S]", "added", "added [B, T, S]"])
-@pytest.mark.parametrize("shape", [SHAPES[0], STEPS[0], STEPS[2]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], STEPS[0], STEPS[2], SPLIT_STEPS[0]], ids=str)
 def test_masks(shape, mask):
     tensors, (lengths, attend) = inputs(*shape), masks_of(mask, *shape[:3])
     poison(tensors, lengths, attend)
     assert_right(tensors, lengths, attend)
 
 
-@pytest.mark.parametrize("shape", SHAPES + STEPS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + STEPS + SPLIT_STEPS, ids=str)
 def test_shapes(shape):
     assert_right(inputs(*shape))
 
