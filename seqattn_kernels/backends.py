@@ -16,7 +16,6 @@ from seqattn_kernels import native, ops, thresholds
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,7 @@ class Backend:
     worth_it: Callable[[Any], bool] = _always  # consulted where no backend is asked for by name
 
 
-def _cpu_why_not(request: Request) -> str | None:
-    if native.why_not() is not None:
-        return native.why_not()
-    if request.device.type != "cpu":
-        return f"the CPU kernels take CPU tensors, got {request.device}"
-    if request.dtype not in _NATIVE_DTYPES:
-        return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return None
-
-
-def _cpu_attention_why_not(request: AttentionRequest) -> str | None:
+def _cpu_why_not(request: Request | AttentionRequest | DecoderRequest) -> str | None:
     if native.why_not() is not None:
         return native.why_not()
     if request.device.type != "cpu":
@@ -99,18 +88,18 @@ def _cuda_why_not(request: Request) -> str | None:
         return f"the CUDA kernels take CUDA tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CUDA kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return _too_old(request.device.index)
+    return _too_old("CUDA", request.device.index)
 
 
 _capabilities: dict[int | None, tuple[int, int]] = {}  # by the device's index; asking torch takes a microsecond
 
 
 @torch.compiler.assume_constant_result
-def _too_old(index: int | None) -> str | None:
+def _too_old(kernels: str, index: int | None) -> str | None:
     if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     major, minor = _capabilities[index]
-    return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, got {major}.{minor}"
+    return None if major >= 8 else f"the {kernels} kernels need compute capability 8.0, got {major}.{minor}"
 
 
 def _cuda_worth_it(request: Request) -> bool:
@@ -131,9 +120,7 @@ def _triton_attention_why_not(request: AttentionRequest) -> str | None:
         return ops.attention_cuda.why_not()
     if request.dtype not in _TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, got {request.dtype}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < _TRITON_CAPABILITY:
-        return "the Triton kernels need a GPU of compute capability 8.0 or later"
-    return None
+    return None if torch.version.hip is not None else _too_old("Triton", request.device.index)
 
 
 def _torch_why_not(request: Request) -> str | None:
@@ -144,13 +131,7 @@ def decoder_why_not(request: DecoderRequest) -> str | None:
     """Why one native operator can't run all steps of a decoder, or None."""
     if request.unserved is not None:
         return f"the operator of all steps doesn't have {request.unserved}"
-    if native.why_not() is not None:
-        return native.why_not()
-    if request.device.type != "cpu":
-        return f"the CPU kernels take CPU tensors, got {request.device}"
-    if request.dtype not in _NATIVE_DTYPES:
-        return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return None
+    return _cpu_why_not(request)
 
 
 def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
@@ -180,7 +161,7 @@ RECURRENCE: Sequence[Backend] = (
 
 
 ATTENTION: Sequence[Backend] = (
-    Backend("cpu", _cpu_attention_why_not),
+    Backend("cpu", _cpu_why_not),
     Backend("triton", _triton_attention_why_not),
     Backend("reference", _never),
 )

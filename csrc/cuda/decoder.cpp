@@ -1,8 +1,6 @@
 // The operator decoder_loop: checks and memory around the kernel of decoder_forward.cuh.
 #include "decoder.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,8 +11,7 @@
 #include "../cpu/launch.h"
 #include "plan.h"
 #include "stepwise.h"
-
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "torch_device.h"
 
 namespace seqattn::gpu {
 namespace {
@@ -30,7 +27,7 @@ void check(const char* name, const Tensor& t, const Tensor& like, ScalarType typ
     fail(name, ": expected shape [", expected.str(), "], got ", shape_of(t));
   }
   if (t.scalar_type() != type) fail(name, ": expected another dtype");
-  if (!t.is_cuda() || t.get_device_index() != like.get_device_index()) fail(name, ": expected the device of x_gates");
+  if (!on_device(t) || t.get_device_index() != like.get_device_index()) fail(name, ": expected the device of x_gates");
 }
 
 template <class P = void>
@@ -56,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
     fail("x_gates, keys, values: expected 3 dimensions and w_hh 2, got ", shape_of(x_gates), ", ", shape_of(keys), ", ",
          shape_of(values), ", ", shape_of(w_hh));
   }
-  if (!x_gates.is_cuda()) fail("x_gates: expected a CUDA tensor");
+  if (!on_device(x_gates)) fail("x_gates: expected a CUDA tensor");
   const int device = x_gates.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
 
   DecoderForward a{};
   a.cell = int(number);
@@ -98,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
   const std::string reason = decoder_why_not({a.cell, a.dtype, S, H, A, D}, device_of(device));
   if (!reason.empty()) fail(reason);
 
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) fail("no current CUDA stream");
+  void* stream = current_stream(device);
   Tensor bias;
   if (b_ih && b_hh) {
     bias = torch::stable::new_empty(x_gates, {cell.slots * H}, ScalarType::Float);
@@ -121,7 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
   return {output, hn, cn, contexts, weights};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqattn, CUDA, m) { m.impl("decoder_loop", TORCH_BOX(&decoder_loop_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(SEQATTN_LIBRARY, SEQATTN_DISPATCH_KEY, m) {
+  m.impl("decoder_loop", TORCH_BOX(&decoder_loop_cuda));
+}
 
 }  // namespace
 }  // namespace seqattn::gpu

@@ -66,6 +66,16 @@ SEQATTN_DEVICE int lanes_for(int n) {
   return lanes;
 }
 
+// What four lanes have, `apart` and 2 * `apart` from each other, in their order and in each of them; a warp takes part.
+template <class W>
+SEQATTN_DEVICE Vec<W, 4> gather_four(W own, int lane, int apart) {
+  const bool first = lane & apart, second = lane & 2 * apart;
+  const W next = shuffle_xor(own, apart);
+  const W low = first ? next : own, high = first ? own : next;
+  const W low2 = shuffle_xor(low, 2 * apart), high2 = shuffle_xor(high, 2 * apart);
+  return {{second ? low2 : low, second ? high2 : high, second ? low : low2, second ? high : high2}};
+}
+
 // Element i of eight in 16 bytes. They are taken apart where they are used: a load is waited for at its first use.
 template <class T>
 SEQATTN_DEVICE float element(const Words4& words, int i) {
@@ -322,12 +332,10 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       for (int from = 1; from < kSplit; ++from) own += load(part_of(split, from));
       // Four features of a column, four lanes apart, in one message.
       own += query_bias;
-      const float next = shuffle_xor(own, 4);
-      const float low = g & 1 ? next : own, high = g & 1 ? own : next;
-      const float low2 = shuffle_xor(low, 8), high2 = shuffle_xor(high, 8);
+      const Vec<float, 4> four = gather_four(own, lane, 4);
       if (g % 4 == 0 && present_column && unit < features) {
         const Remote<unsigned char> query_peer = map_shared(shared, column * parts + query_owner);
-        store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), Vec<float, 4>{{low, high, low2, high2}},
+        store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), four,
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
       }
     }
@@ -458,11 +466,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         }
         const float neighbour = shuffle_xor(found, 1);
         const uint32_t word = lane & 1 ? pack<T>(neighbour, found) : pack<T>(found, neighbour);
-        const uint32_t word2 = shuffle_xor(word, 2);
-        const uint32_t low = lane & 2 ? word2 : word, high = lane & 2 ? word : word2;
-        const uint32_t low2 = shuffle_xor(low, 4), high2 = shuffle_xor(high, 4);
-        const bool second = lane & 4;
-        const Words4 piece{{second ? low2 : low, second ? high2 : high, second ? low : low2, second ? high : high2}};
+        const Words4 piece = gather_four(word, lane, 2);
         if (d < value_count) {
           const int64_t at = Shape::kContext + piece_place((value_begin + d) / kPiece, column_served) * 16;
           SEQATTN_UNROLL
@@ -532,11 +536,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     if (t + 1 < steps) {
       const float neighbour = shuffle_xor(h, 4);
       const uint32_t word = lane & 4 ? pack<T>(neighbour, h) : pack<T>(h, neighbour);
-      const uint32_t word2 = shuffle_xor(word, 8);
-      const uint32_t low = lane & 8 ? word2 : word, high = lane & 8 ? word : word2;
-      const uint32_t low2 = shuffle_xor(low, 16), high2 = shuffle_xor(high, 16);
-      const bool second = lane & 16;
-      const Words4 piece{{second ? low2 : low, second ? high2 : high, second ? low : low2, second ? high : high2}};
+      const Words4 piece = gather_four(word, lane, 8);
       if (present_column) {
         const int64_t at = Shape::kState + (1 - parity) * Shape::kStateSize + piece_place(own_piece, column) * 16;
         const int64_t barrier = (Shape::kStateCame + 1 - parity) * sizeof(Barrier);

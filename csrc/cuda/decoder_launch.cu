@@ -1,34 +1,23 @@
 #include <algorithm>
-#include <array>
-#include <atomic>
 
 #include "decoder_forward.cuh"
 #include "plan.h"
+#include "resident.cuh"
 
 namespace seqattn::gpu {
 namespace {
-
-// Clusters the current device holds at once, asked for once: a block has a multiprocessor to itself.
-template <class Shape>
-int clusters_of(const Launch& l) {
-  static std::array<std::atomic<int>, 64> known{};
-  const int device = current_device();
-  if (device >= static_cast<int>(known.size())) return resident_clusters(cluster_decoder_forward<Shape>, l);
-  int clusters = known[device];
-  if (clusters == 0) known[device] = clusters = resident_clusters(cluster_decoder_forward<Shape>, l);
-  return clusters;
-}
 
 template <class Shape>
 const char* start(const DecoderForward& args, int64_t shared_limit, Stream stream) {
   constexpr DecoderShape kShape{Shape::kHidden, Shape::kValue};
   static_assert(Shape::shared_bytes(100, 2) == decoder_shared_bytes(kShape, Shape::kGates, Shape::kSlots, 100, 2));
+  static Resident held_by_device;
   const auto shared_bytes = [&](int columns) { return Shape::shared_bytes(args.source, Shape::kCluster / columns); };
   Launch l{.block = Shape::kThreads, .cluster = Shape::kCluster};
   l.grid = Shape::kCluster;
   l.shared_bytes = static_cast<size_t>(shared_bytes(Shape::kColumns));
   if (shared_bytes(Shape::kColumns) > shared_limit) return "S: expected fewer source steps";
-  const int resident = clusters_of<Shape>(l);
+  const int resident = held_by_device.clusters(cluster_decoder_forward<Shape>, l);
   if (resident == 0) return "no cluster of 16 blocks fits this device";
   // As many sequences at a time as all clusters that run at once have columns, but no more columns than these need:
   // with fewer, a column has more blocks for its attention.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <iterator>
 #include <type_traits>
 #include <utility>
@@ -10,6 +9,7 @@
 #include "persistent_backward.cuh"
 #include "persistent_forward.cuh"
 #include "persistent_launch.h"
+#include "resident.cuh"
 
 namespace seqattn::gpu {
 namespace persistent {
@@ -18,25 +18,11 @@ inline constexpr const char* kStarted = "";
 inline constexpr const char* kTooMany = "more sequences than the kernel has columns";
 inline constexpr const char* kUnknown = "no kernel was compiled for the size planned";
 
-// Clusters of the kernel that the current device holds at once; asked once, since it takes longer than a launch.
-template <class Kernel>
-int resident(Kernel kernel, const Launch& launch, std::atomic<int>* known, int devices) {
-  const int device = current_device();
-  if (device >= devices) return resident_clusters(kernel, launch);
-  int count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    count = resident_clusters(kernel, launch) + 1;
-    known[device].store(count, std::memory_order_relaxed);
-  }
-  return count - 1;
-}
-
 template <class Shape, class Args, class Kernel>
 const char* start_clusters(const Args& args, Stream stream, Kernel kernel, Launch l) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
+  static Resident held_by_device;
   l.grid = l.cluster = Shape::kBlocks;
-  const int held = resident(kernel, l, known, kDevices);
+  const int held = held_by_device.clusters(kernel, l);
   if (held == 0) return "the device has no room for a cluster of the size planned";
   const TeamBatch batch = team_batch(Shape::kShape, args.rows.batch, std::max(1, held / args.directions));
   if (batch.tiles > Shape::kColumnTiles) return kTooMany;

@@ -32,11 +32,6 @@ class _Cell(Freezable, RNNCellBase):
         return None if packed is None else packed[0]
 
 
-def _stock_serves(input: Any) -> bool:
-    """One step on a GPU is torch's own kernel, as fast as ours: without our checks it is called sooner."""
-    return isinstance(input, Tensor) and input.is_cuda and not torch.compiler.is_compiling()
-
-
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell``, faster: the same arguments, parameters, results and state dict.
 
@@ -47,8 +42,6 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         return "lstm"
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if _stock_serves(input):
-            return torch.nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
         weights, packed_weights = self._weights()
         return functional.lstm_cell(input, hx, *weights, packed_weights=packed_weights)
 
@@ -63,8 +56,6 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         return "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if _stock_serves(input):
-            return torch.nn.GRUCell.forward(self, input, hx)
         weights, packed_weights = self._weights()
         return functional.gru_cell(input, hx, *weights, packed_weights=packed_weights)
 
@@ -79,7 +70,5 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if _stock_serves(input):
-            return torch.nn.RNNCell.forward(self, input, hx)
         weights, packed_weights = self._weights()
         return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, packed_weights=packed_weights)
