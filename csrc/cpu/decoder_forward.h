@@ -5,6 +5,7 @@
 #include "attention_scores.h"
 #include "decoder_weights.h"
 #include "decoder_words.h"
+#include "gemm_pair.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
@@ -176,6 +177,13 @@ class DecoderForward {
   static void multiply(T* pre, int64_t ld, const T* a, int64_t lda, const T* panel, int64_t depth, int64_t k0,
                        int64_t K, int64_t rows, int64_t units) {
     constexpr int kPart = Layer::kPart;
+    if constexpr (kPairs && Cell::kGates == 2 * kPart && kPart == 2) {
+      if (rows == 1) {  // and one vector of units
+        const T* first = panel + kPart * k0 * W;
+        multiply_pair(pre, pre + kPart * W, a, first, first + kPart * depth * W, K);
+        return;
+      }
+    }
     for (int gate = 0; gate < Cell::kGates; gate += kPart) {
       multiply_panel(pre + gate * units * W, ld, a, lda, panel + (gate * depth + kPart * k0) * units * W, K, rows,
                      int(kPart * units), true);
