@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.environment import in_pinned_process, pin_threads
+from benchmarks.environment import cores, in_pinned_process, pin_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ DAILY_SUITES = ("recurrent", "lengths", "cells", "attention")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     made.add_argument("suite", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)} or all")
-    made.add_argument("--threads", type=_counts, default=[1, 2], help="numbers of threads, such as 1,2 (default)")
+    made.add_argument("--threads", type=_counts, help="numbers of threads, such as 1,2; one for each core without it")
     made.add_argument("--quick", action="store_true", help="a fifth of the time; without a suite, the daily selection")
     made.add_argument(
         "--against", metavar="REF", help="fail where a folder, file or commit REF was faster beyond noise"
@@ -117,6 +117,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         made.error(f"SUITE: expected some of {', '.join((*SUITES, 'all'))}, got {', '.join(unknown)}")
     if not options.suite and not options.quick:
         made.error(f"expected a suite ({', '.join((*SUITES, 'all'))}), or --quick for the daily selection")
+    if options.threads is None:
+        options.threads = [cores()]
     if not options.suite:
         options.threads = [max(options.threads)]
     return options

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import against, results
 from benchmarks.cases import DAILY, SUITES
+from benchmarks.environment import cores
 from benchmarks.html import charts
 from benchmarks.html.__main__ import main
 from benchmarks.html.page import render
@@ -276,7 +277,7 @@ def test_the_daily_selection_is_small_and_covers_the_operators():
 
 def test_a_suite_or_the_daily_selection_is_asked_for(capsys):
     assert _options(["--quick"]).threads == [2]
-    assert _options(["cells"]).threads == [1, 2]
+    assert _options(["cells"]).threads == [cores()]
     for wrong, message in (([], "expected a suite"), (["coffee"], "SUITE: expected some of recurrent")):
         with pytest.raises(SystemExit):
             _options(wrong)
