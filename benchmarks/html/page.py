@@ -238,15 +238,19 @@ def scaling(document: Document | None) -> str:
 
 
 def _growth(label: str, series: Sequence[Series]) -> str:
-    """How the time of a step grows from the least size to the largest: 1 is flat."""
+    """How the time, or the memory, of a step grows from the least size to the largest: 1 is flat."""
     if label not in ("T", "S", "B"):
         return ""
     notes = []
     for each in series:
         (first, begin), (last, end) = each.points[0], each.points[-1]
-        if last > first:
+        if last > first and begin > 0:
             notes.append(f"{each.name} {end / last / (begin / first):.2f}")
-    return f"<p class=note>Time a unit of {label}, largest over least: {escape(', '.join(notes))}</p>" if notes else ""
+    return (
+        f"<p class=note>For each unit of {label}, at the largest over the least: {escape(', '.join(notes))}</p>"
+        if notes
+        else ""
+    )
 
 
 def memory(cases: Sequence[CaseResult], usage: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -259,7 +263,28 @@ def memory(cases: Sequence[CaseResult], usage: Sequence[Mapping[str, Any]] = ())
     # Where stock takes most there is most to see.
     largest = sorted(rows, key=lambda row: -rows[row][STOCK])[:MOST_BARS]
     title = "Most memory at a time beyond inputs and weights"
-    return bars(title, {row: rows[row] for row in largest}, "MiB") if rows else ""
+    return bars(title, {row: rows[row] for row in largest}, "MiB") + _memory_over_steps(usage) if rows else ""
+
+
+def _memory_over_steps(usage: Sequence[Mapping[str, Any]]) -> str:
+    """A curve over T wherever some usages differ in nothing else; a memory linear in T grows by no more than T does."""
+    curves: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for each in usage:
+        sizes = each.get("shape", {})
+        if "T" in sizes:
+            rest = tuple((key, size) for key, size in sizes.items() if key != "T")
+            curves.setdefault((each["operator"], each["mode"], rest), []).append(each)
+    parts = []
+    for (operator, mode, rest), found in curves.items():
+        if len(found) < 3:
+            continue
+        drawn = [
+            Series(name, sorted((float(each["shape"]["T"]), float(each[field])) for each in found))
+            for name, field in ((STOCK, "stock_mb"), ("ours", "ours_mb"))
+        ]
+        title = f"{operator} {mode}, {','.join(f'{key}={size}' for key, size in rest)}"
+        parts.append(f"<figure>{chart(title, 'T', 'MiB', drawn)}{_growth('T', drawn)}</figure>")
+    return f"<div class=charts>{''.join(parts)}</div>" if parts else ""
 
 
 COLUMNS = ("case", "threads", "contestant", "ms", "device ms", "x stock", "interval", "of limit", "MiB", "noise")
