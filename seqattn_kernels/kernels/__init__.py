@@ -5,10 +5,11 @@ from __future__ import annotations
 from seqattn_kernels.kernels.operators import (
     additive_bwd,
     additive_fwd,
+    context_fwd,
     normalize_bwd,
     normalize_fwd,
     scores_bwd,
     scores_fwd,
 )
 
-__all__ = ["additive_bwd", "additive_fwd", "normalize_bwd", "normalize_fwd", "scores_bwd", "scores_fwd"]
+__all__ = ["additive_bwd", "additive_fwd", "context_fwd", "normalize_bwd", "normalize_fwd", "scores_bwd", "scores_fwd"]

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.context import contain_kernel
 from seqattn_kernels.kernels.disassembly import Listing, listing
 from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
 from seqattn_kernels.kernels.rows import normalize_bwd_kernel, normalize_fwd_kernel
@@ -55,7 +56,8 @@ TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
     ],
     "*fp32",
 )
-INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
+INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads", "weights_b", "weights_t", "weights_s")
+INTEGERS += ("values_b", "values_s", "values_d")
 NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
@@ -93,6 +95,7 @@ def configurations(tuning: bool) -> Iterator[Configuration]:
             yield from _step_fwd(step, dtype)
         for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD]:
             yield _step_bwd(step, dtype)
+        yield Configuration("contain", contain_kernel, dict(values_d=1, T_BLOCK=16, D_BLOCK=64), 4, dtype)
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     yield from _any_score()
 

@@ -45,6 +45,10 @@ class Masks(NamedTuple):
         return cls(lengths if lengths is None else lengths.contiguous(), mask)
 
     @property
+    def hide(self) -> bool:
+        return self.lengths is not None or self.mask is not None
+
+    @property
     def added(self) -> bool:
         return self.mask is not None and self.mask.is_floating_point()
 

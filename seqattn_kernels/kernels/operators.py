@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, step
+from seqattn_kernels.kernels.context import contained, product
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, Score
 
@@ -165,10 +166,6 @@ def scores_bwd(
     if masks.lengths is not None:
         past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
         d_scores = d_scores.masked_fill(past.unsqueeze(1), 0)
-    some = d_scores != 0
-    if query.shape[1]:
-        query = query.masked_fill(~some.any(2, keepdim=True), 0) if keys.shape[1] else query
-        masks = Masks(None, some.any(1, keepdim=True).view(torch.uint8))
     if features is not None and features.dim() == 4:
         assert feature_weight is not None
         return _scores_bwd_by_step(score, d_scores, query, keys, v, features, feature_weight)
@@ -177,11 +174,9 @@ def scores_bwd(
     empty = query.new_empty(0)
     d_features = d_weight = empty
     if features is not None and feature_weight is not None:
-        kept = (
-            features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
-        )
         d_features = (d_inner.float() @ feature_weight.float().t()).to(features.dtype)
-        d_weight = (kept.float().flatten(0, 1).t() @ d_inner.float().flatten(0, 1)).to(feature_weight.dtype)
+        by_column = d_inner.float().flatten(0, 1).t().unsqueeze(0)
+        d_weight = contained(by_column, features.float().flatten(0, 1).unsqueeze(0))[0].t().to(feature_weight.dtype)
     return d_query, d_inner.to(keys.dtype), empty if d_v is None else d_v, d_features, d_weight
 
 
@@ -248,7 +243,7 @@ def _with_features(keys: Tensor, features: Tensor | None, feature_weight: Tensor
 
 def _raw_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
     if score.product and v is None:
-        return attention.product(query, keys.transpose(1, 2))
+        return product(query, keys.transpose(1, 2))
     if v is None and score.exponential:
         v = query.new_ones(query.shape[2])
     if query.shape[1] <= attention.FEW and query.shape[2] <= step.STEP_WIDTH:
@@ -260,12 +255,11 @@ def _raw_gradients(
     score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, masks: Masks
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if score.product and v is None:
-        clean = attention.clean(keys, masks)
-        d_query = torch.bmm(d_scores, clean.float()).to(query.dtype)
-        return d_query, torch.bmm(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
+        d_query = contained(d_scores, keys.float()).to(query.dtype)
+        return d_query, contained(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
     weight = query.new_ones(query.shape[2]) if v is None and score.exponential else v
     if query.shape[1] == 1 and query.shape[2] <= step.STEP_WIDTH:
-        d_query, d_keys, d_v = step.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight, masks)
+        d_query, d_keys, d_v = step.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight)
         d_query = d_query.unsqueeze(1)
     else:
         d_query, d_keys, d_v = score_backward.scores_bwd(score, d_scores, query, keys, weight, masks)
@@ -305,6 +299,24 @@ def normalize_bwd(
     masks = _masks(batch, steps, source, weights, lengths, mask)
     weights = weights.contiguous()
     return rows.normalize_bwd(kind, weights, d_weights.contiguous(), None, torch.empty_like(weights), masks, factor)
+
+
+def context_fwd(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN."""
+    if weights.dim() != 3:
+        raise ValueError(f"weights: expected [B, T, S], got {list(weights.shape)}")
+    batch, _, source = weights.shape
+    if values.dim() != 3 or values.shape[:2] != (batch, source):
+        raise ValueError(
+            f"values: expected [B, S, D] with B={batch}, S={source} (from weights), got {list(values.shape)}"
+        )
+    if weights.dtype not in DTYPES:
+        raise TypeError(f"weights: expected one of {[str(d) for d in DTYPES]}, got {weights.dtype}")
+    if values.dtype != weights.dtype:
+        raise TypeError(f"values: expected {weights.dtype} (from weights), got {values.dtype}")
+    if values.device != weights.device:
+        raise ValueError(f"values: expected device {weights.device} (from weights), got {values.device}")
+    return contained(weights, values)
 
 
 def _check_rows(kind: str, scores: Tensor) -> None:

@@ -29,6 +29,7 @@ SCHEMAS = {
     "float fill, bool zero_empty) -> Tensor",
     "normalize_bwd": "(int kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
     "-> Tensor",
+    "context_fwd": "(Tensor weights, Tensor values) -> Tensor",
 }
 
 _installed = importlib.util.find_spec("triton") is not None
@@ -48,6 +49,11 @@ def _implementation(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from seqattn_kernels import kernels
 
+        # Products inside an operator are in the types its fake kernel promises: autocast has had its say outside.
+        device = next(t.device.type for t in args if isinstance(t, torch.Tensor))
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return getattr(kernels, name)(*args)
         return getattr(kernels, name)(*args)
 
     def call_by_kind(kind: int, *args: Any) -> Any:
