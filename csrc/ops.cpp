@@ -86,9 +86,9 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def(
       "decoder_pack(int cell, Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? w_output, "
       "Tensor? b_output, Tensor? w_conv, Tensor? w_feature) -> Tensor");
-  // A step of a beam search: prefixes of log-probabilities scores [A, K], their words' log_probs [A * K, V]. Results: of
-  // the K best that go on, best first, log-probabilities, parents and words [A, K], -inf where there are fewer; of those
-  // among the K best that end, log-probabilities and parents [A, K], -inf at the others' places.
+  // A step of a beam search: prefixes of log-probabilities scores [A, K], their words' log_probs [A * K, V]. Results:
+  // of the K best that go on, best first, log-probabilities, parents and words [A, K], -inf where there are fewer; of
+  // those among the K best that end, log-probabilities and parents [A, K], -inf at the others' places.
   m.def("beam_grow(Tensor log_probs, Tensor scores, int end) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // All steps of an attentional decoder on a GPU: one layer, additive scores, attending before the update (see
   // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.

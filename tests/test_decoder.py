@@ -34,12 +34,12 @@ CASES = [
     )
 ]
 
-# Scores that know of earlier weights; filters and windows of one, and of more than a vector or all keys.
+# Scores that know of earlier weights; windows of one and of more than all keys, filters of more than a vector.
 REMEMBERING = (
     ("location", {"filters": 3, "kernel_size": 3}),
     ("location", {"filters": 20, "kernel_size": 31}),
     ("location", {"filters": 2, "kernel_size": 5, "cumulative": False, "history_gradient": False}),
-    ("location", {"filters": 1, "kernel_size": 1, "cumulative": False}),
+    ("location", {"filters": 5, "kernel_size": 1, "cumulative": False}),
     ("coverage", {}),
     ("coverage", {"most_fertile": 3.0}),
 )

@@ -50,18 +50,21 @@ template <class T>
 void add_words(const T* log_probs, int64_t V, T before, int64_t prefix, Best<T>* best) {
   constexpr int64_t kBlock = 32;
   T bound = best->bound();
-  for (int64_t v = 0; v < V; v += kBlock) {
-    const int64_t end = std::min(v + kBlock, V);
-    int above = 0;
-    for (int64_t w = v; w < end; ++w) above |= before + log_probs[w] > bound;
-    if (!above) continue;
-    for (int64_t w = v; w < end; ++w) {
+  const auto add = [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
       const T score = before + log_probs[w];
       if (!(score > bound)) continue;
       best->add({score, prefix, w});
       bound = best->bound();
     }
+  };
+  int64_t v = 0;
+  for (; v + kBlock <= V; v += kBlock) {
+    int above = 0;
+    for (int64_t i = 0; i < kBlock; ++i) above |= before + log_probs[v + i] > bound;
+    if (above) add(v, v + kBlock);
   }
+  add(v, V);
 }
 
 template <class T>
