@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
 def _register_fakes() -> None:
@@ -51,14 +51,12 @@ class FeatureFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             attend = reference.attention.attended(input, lengths, mask)
             attend = None if attend is None else attend.transpose(1, 2)
-            given = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
-            outputs = reference.attention.feature_attention(*given, attend, ctx.reduce)
-            pairs = [(out, g) for out, g in zip(outputs, (d_result, d_weights), strict=True) if g is not None]
-            wanted = [i for i in range(3) if needs[i]]
-            some = torch.autograd.grad(
-                [out for out, _ in pairs], [given[i] for i in wanted], [g for _, g in pairs], create_graph=True
+            found = differentiate_again(
+                lambda x, w, b: reference.attention.feature_attention(x, w, b, attend, ctx.reduce),
+                [input, weight, bias],
+                needs[:3],
+                [d_result, d_weights],
             )
-            found = [dict(zip(wanted, some, strict=True)).get(i) for i in range(3)]
         else:
             found = torch.ops.seqattn.feature_bwd.default(
                 input, weight, bias, weights, tangents, d_result, d_weights, lengths, mask, ctx.reduce, needs[0]
