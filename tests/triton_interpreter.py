@@ -569,3 +569,90 @@ def test_long_rows_take_tiles_of_a_few_queries_too():
     shape = (1, attention.FEW + 1, 300, 20, 3)
     assert_right(inputs(*shape), *masks_of("[B, T, S]", *shape[:3]))
     assert Masks.of(None, None).used() is None
+
+
+# Attention over time for each feature, pooling, monotonic alignment
+
+
+# Whole, and split over programs: tiles are 16 x 64.
+FEATURES = [(3, 37, 5), (2, 1, 1), (1, 70, 66)]
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("mask", ["none", "lengths", "[B, S]", "[B, 1, S]"])
+@pytest.mark.parametrize("shape", FEATURES, ids=str)
+def test_features_over_time(shape, mask, reduce):
+    inner, input = torch.randn(shape) * 2, torch.randn(shape)
+    inner.view(-1)[0] = 1e4
+    inner.view(-1)[-1] = -1e4
+    lengths, allowed = masks_of(mask, shape[0], 1, shape[1])
+    keep = reference.attention.attended(input, lengths, allowed)
+    keep = None if keep is None else keep.transpose(1, 2)
+    wide = [t.double().requires_grad_() for t in (inner, input)]
+    expected = reference.attention.feature_weighted(*wide, keep, reduce)
+    if keep is not None:
+        for t in (inner, input):
+            t.masked_fill_(~keep, NAN)
+    found = kernels.feature_fwd(inner, input, lengths, allowed, reduce)
+    assert_close_to_float64(found, expected, names=("result", "weights"))
+    directions = [torch.randn(t.shape) for t in expected]
+    for some in ((True, True), (True, False), (False, True)):
+        given = [d if there else None for d, there in zip(directions, some, strict=True)]
+        gradients = kernels.feature_bwd(inner, input, found[1], *given, lengths, allowed, reduce)
+        outputs = [e for e, there in zip(expected, some, strict=True) if there]
+        wanted = torch.autograd.grad(
+            outputs, wide, [d.double() for d in given if d is not None], retain_graph=True, materialize_grads=True
+        )
+        assert_close_to_float64(gradients, wanted, names=("inner", "input"))
+
+
+def test_features_over_time_in_halves_and_of_any_size():
+    inner, input = torch.randn(2, 19, 6).bfloat16(), torch.randn(2, 19, 6).bfloat16()
+    wide = [t.double().requires_grad_() for t in (inner, input)]
+    expected = reference.attention.feature_weighted(*wide)
+    found = kernels.feature_fwd(inner, input, None, None, False)
+    assert_close_to_float64(found, expected)
+    direction = torch.randn(2, 19, 6).bfloat16()
+    gradients = kernels.feature_bwd(inner, input, found[1], direction, None, None, None, False)
+    wanted = torch.autograd.grad(expected[0], wide, direction.double())
+    assert_close_to_float64(gradients, wanted)
+    for value in (NAN, INF, -INF, 1e30, 1e-30):
+        inner, input = torch.randn(1, 7, 3), torch.randn(1, 7, 3)
+        inner[0, 2, 1] = value
+        wide = inner.double().requires_grad_()
+        expected = reference.attention.feature_weighted(wide, input.double())
+        found = kernels.feature_fwd(inner, input, None, None, False)
+        assert_close_to_float64(found, expected)
+        d_inner, _ = kernels.feature_bwd(inner, input, found[1], input, None, None, None, False)
+        assert_close_to_float64(d_inner, torch.autograd.grad(expected[0], wide, input.double())[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_features_of_nothing(shape):
+    x = torch.zeros(shape)
+    for reduce in (False, True):
+        result, weights = kernels.feature_fwd(x, x, None, None, reduce)
+        assert result.shape == ((shape[0], shape[2]) if reduce else shape)
+        assert result.eq(0).all()
+        assert weights.shape == shape
+        assert all(g.shape == shape for g in kernels.feature_bwd(x, x, weights, result, None, None, None, reduce))
+
+
+def test_features_bad_input():
+    x = torch.zeros(2, 3, 4)
+    for error, message, arguments in (
+        (ValueError, r"input: expected \[B, S, D\], got \[3, 4\]", (x[0], x[0], None, None, True)),
+        (
+            ValueError,
+            r"inner: expected the shape of input, \[2, 3, 4\], got \[2, 3, 3\]",
+            (x[..., 1:], x, None, None, True),
+        ),
+        (TypeError, r"inner: expected torch.float32 \(from input\)", (x.bfloat16(), x, None, None, True)),
+        (TypeError, r"input: expected one of .*, got torch.float64", (x.double(), x.double(), None, None, True)),
+        (TypeError, "mask: expected torch.bool, got torch.float32", (x, x, None, torch.zeros(2, 3), True)),
+        (ValueError, r"lengths: expected \[B\] with B=2", (x, x, torch.zeros(3, dtype=torch.int64), None, True)),
+    ):
+        with pytest.raises(error, match=message):
+            kernels.feature_fwd(*arguments)
+    with pytest.raises(ValueError, match=r"d_result: expected \[2, 4\], got \[2, 3, 4\]"):
+        kernels.feature_bwd(x, x, x, x, None, None, None, True)

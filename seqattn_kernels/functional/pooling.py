@@ -35,7 +35,7 @@ def feature_attention(
         lengths: tensor [B] on any device, zeros allowed; integers or fractions of S.
         mask: boolean [B, S], True where to attend; with ``mask_polarity="ignore"`` where not to.
         reduce: sum over time.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
@@ -52,7 +52,8 @@ def feature_attention(
         attend = attended(input, lengths, mask)
         assert attend is not None
         attend = attend.transpose(1, 2)
-    if input.dtype in WIDE and weight.dtype == input.dtype and choose_backend(input, backend) == "cpu":
+    name = choose_backend(input, backend)
+    if weight.dtype == input.dtype and (name == "triton" or (name == "cpu" and input.dtype in WIDE)):
         # Where gradients of the layer will be asked for, 0 * NaN must not get into them.
         clean = input if attend is None or not torch.is_grad_enabled() else input.masked_fill(~attend, 0)
         inner = F.linear(clean, weight, bias)

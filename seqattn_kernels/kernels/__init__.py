@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from seqattn_kernels.kernels.features import feature_bwd, feature_fwd
 from seqattn_kernels.kernels.operators import (
     additive_bwd,
     additive_fwd,
@@ -12,4 +13,14 @@ from seqattn_kernels.kernels.operators import (
     scores_fwd,
 )
 
-__all__ = ["additive_bwd", "additive_fwd", "context_fwd", "normalize_bwd", "normalize_fwd", "scores_bwd", "scores_fwd"]
+__all__ = [
+    "additive_bwd",
+    "additive_fwd",
+    "context_fwd",
+    "feature_bwd",
+    "feature_fwd",
+    "normalize_bwd",
+    "normalize_fwd",
+    "scores_bwd",
+    "scores_fwd",
+]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
+from seqattn_kernels import reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function
 
 
@@ -20,7 +21,7 @@ def _register_fakes() -> None:
         return input.new_empty(input.shape), input.new_empty(input.shape)
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
 
 
@@ -66,7 +67,7 @@ def weighted(
 ) -> tuple[Tensor, Tensor]:
     """weights = softmax over s of tanh(inner [B, S, D]); weights * input, summed over s with `reduce`; and the weights.
 
-    On the CPU, both float32 or float64; mask boolean [B, S].
+    Both of one dtype, on the CPU float32 or float64; mask boolean [B, S].
     """
     if torch.is_grad_enabled() and (inner.requires_grad or input.requires_grad):
         return apply_function(FeatureFunction, inner, input, lengths, mask, reduce)
