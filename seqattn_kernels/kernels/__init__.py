@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from seqattn_kernels.kernels.alignment import monotonic_bwd, monotonic_fwd
 from seqattn_kernels.kernels.features import feature_bwd, feature_fwd
 from seqattn_kernels.kernels.operators import (
     additive_bwd,
@@ -19,6 +20,8 @@ __all__ = [
     "context_fwd",
     "feature_bwd",
     "feature_fwd",
+    "monotonic_bwd",
+    "monotonic_fwd",
     "normalize_bwd",
     "normalize_fwd",
     "scores_bwd",

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.alignment import LARGEST_BLOCK, monotonic_bwd_kernel, monotonic_fwd_kernel
 from seqattn_kernels.kernels.context import contain_kernel
 from seqattn_kernels.kernels.disassembly import Listing, listing
 from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
@@ -98,6 +99,8 @@ def configurations(tuning: bool) -> Iterator[Configuration]:
             yield _step_bwd(step, dtype)
         yield Configuration("contain", contain_kernel, dict(values_d=1, T_BLOCK=16, D_BLOCK=64), 4, dtype)
         yield from _features(dtype)
+        if dtype == "fp32":
+            yield from _alignment()
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     yield from _any_score()
 
@@ -179,6 +182,13 @@ def _features(dtype: str) -> Iterator[Configuration]:
             types = {"mask": "*u8"}
             yield Configuration(f"feature_fwd {name}", feature_fwd_kernel, constants, tile.warps, dtype, types=types)
             yield Configuration(f"feature_bwd {name}", feature_bwd_kernel, constants, tile.warps, dtype, types=types)
+
+
+def _alignment() -> Iterator[Configuration]:
+    for block in (64, LARGEST_BLOCK):
+        warps = max(1, block // 256)
+        yield Configuration(f"monotonic_fwd {block} keys", monotonic_fwd_kernel, dict(BLOCK=block), warps)
+        yield Configuration(f"monotonic_bwd {block} keys", monotonic_bwd_kernel, dict(BLOCK=block), warps)
 
 
 def _any_score() -> Iterator[Configuration]:

@@ -30,6 +30,8 @@ SCHEMAS = {
     "normalize_bwd": "(int kind, Tensor d_weights, Tensor weights, Tensor? lengths, Tensor? mask, float factor) "
     "-> Tensor",
     "context_fwd": "(Tensor weights, Tensor values) -> Tensor",
+    "monotonic_fwd": "(Tensor choose, Tensor previous) -> Tensor",
+    "monotonic_bwd": "(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)",
     "feature_fwd": "(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",
     "feature_bwd": "(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, "
     "Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",

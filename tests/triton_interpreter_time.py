@@ -1,0 +1,181 @@
+"""Tests of the Triton kernels over time, for the interpreter: features, pooling, monotonic alignment. See
+test_triton_kernels.py, which runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqattn_kernels import kernels, reference
+from seqattn_kernels.kernels import alignment
+from tests.compare import assert_close_to_float64, assert_same_bits
+from tests.triton_interpreter import INF, NAN, masks_of, quiet
+
+__all__ = ["quiet"]  # a fixture
+
+# Whole, and split over programs: tiles are 16 x 64.
+FEATURES = [(3, 37, 5), (2, 1, 1), (1, 70, 66)]
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("mask", ["none", "lengths", "[B, S]", "[B, 1, S]"])
+@pytest.mark.parametrize("shape", FEATURES, ids=str)
+def test_features_over_time(shape, mask, reduce):
+    inner, input = torch.randn(shape) * 2, torch.randn(shape)
+    inner.view(-1)[0] = 1e4
+    inner.view(-1)[-1] = -1e4
+    lengths, allowed = masks_of(mask, shape[0], 1, shape[1])
+    keep = reference.attention.attended(input, lengths, allowed)
+    keep = None if keep is None else keep.transpose(1, 2)
+    wide = [t.double().requires_grad_() for t in (inner, input)]
+    expected = reference.attention.feature_weighted(*wide, keep, reduce)
+    if keep is not None:
+        for t in (inner, input):
+            t.masked_fill_(~keep, NAN)
+    found = kernels.feature_fwd(inner, input, lengths, allowed, reduce)
+    assert_close_to_float64(found, expected, names=("result", "weights"))
+    directions = [torch.randn(t.shape) for t in expected]
+    for some in ((True, True), (True, False), (False, True)):
+        given = [d if there else None for d, there in zip(directions, some, strict=True)]
+        gradients = kernels.feature_bwd(inner, input, found[1], *given, lengths, allowed, reduce)
+        outputs = [e for e, there in zip(expected, some, strict=True) if there]
+        wanted = torch.autograd.grad(
+            outputs, wide, [d.double() for d in given if d is not None], retain_graph=True, materialize_grads=True
+        )
+        assert_close_to_float64(gradients, wanted, names=("inner", "input"))
+
+
+def test_features_over_time_in_halves_and_of_any_size():
+    inner, input = torch.randn(2, 19, 6).bfloat16(), torch.randn(2, 19, 6).bfloat16()
+    wide = [t.double().requires_grad_() for t in (inner, input)]
+    expected = reference.attention.feature_weighted(*wide)
+    found = kernels.feature_fwd(inner, input, None, None, False)
+    assert_close_to_float64(found, expected)
+    direction = torch.randn(2, 19, 6).bfloat16()
+    gradients = kernels.feature_bwd(inner, input, found[1], direction, None, None, None, False)
+    wanted = torch.autograd.grad(expected[0], wide, direction.double())
+    assert_close_to_float64(gradients, wanted)
+    for value in (NAN, INF, -INF, 1e30, 1e-30):
+        inner, input = torch.randn(1, 7, 3), torch.randn(1, 7, 3)
+        inner[0, 2, 1] = value
+        wide = inner.double().requires_grad_()
+        expected = reference.attention.feature_weighted(wide, input.double())
+        found = kernels.feature_fwd(inner, input, None, None, False)
+        assert_close_to_float64(found, expected)
+        d_inner, _ = kernels.feature_bwd(inner, input, found[1], input, None, None, None, False)
+        assert_close_to_float64(d_inner, torch.autograd.grad(expected[0], wide, input.double())[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_features_of_nothing(shape):
+    x = torch.zeros(shape)
+    for reduce in (False, True):
+        result, weights = kernels.feature_fwd(x, x, None, None, reduce)
+        assert result.shape == ((shape[0], shape[2]) if reduce else shape)
+        assert result.eq(0).all()
+        assert weights.shape == shape
+        assert all(g.shape == shape for g in kernels.feature_bwd(x, x, weights, result, None, None, None, reduce))
+
+
+def test_features_bad_input():
+    x = torch.zeros(2, 3, 4)
+    for error, message, arguments in (
+        (ValueError, r"input: expected \[B, S, D\], got \[3, 4\]", (x[0], x[0], None, None, True)),
+        (
+            ValueError,
+            r"inner: expected the shape of input, \[2, 3, 4\], got \[2, 3, 3\]",
+            (x[..., 1:], x, None, None, True),
+        ),
+        (TypeError, r"inner: expected torch.float32 \(from input\)", (x.bfloat16(), x, None, None, True)),
+        (TypeError, r"input: expected one of .*, got torch.float64", (x.double(), x.double(), None, None, True)),
+        (TypeError, "mask: expected torch.bool, got torch.float32", (x, x, None, torch.zeros(2, 3), True)),
+        (ValueError, r"lengths: expected \[B\] with B=2", (x, x, torch.zeros(3, dtype=torch.int64), None, True)),
+    ):
+        with pytest.raises(error, match=message):
+            kernels.feature_fwd(*arguments)
+    with pytest.raises(ValueError, match=r"d_result: expected \[2, 4\], got \[2, 3, 4\]"):
+        kernels.feature_bwd(x, x, x, x, None, None, None, True)
+
+
+# Monotonic alignment
+
+
+def walked(choose, previous):
+    """The recurrence, a key at a time."""
+    rows = []
+    for t in range(choose.shape[1]):
+        passes, row = torch.zeros_like(previous[:, 0]), []
+        for s in range(choose.shape[2]):
+            q = passes + previous[:, s]
+            row.append(choose[:, t, s] * q)
+            passes = (1 - choose[:, t, s]) * q
+        previous = torch.stack(row, 1)
+        rows.append(previous)
+    return torch.stack(rows, 1)
+
+
+def align_and_back(choose, previous):
+    weights = kernels.monotonic_fwd(choose, previous)
+    wide = [t.double().requires_grad_() for t in (choose, previous)]
+    expected = walked(*wide)
+    assert_close_to_float64(weights, expected)
+    direction = torch.randn(choose.shape)
+    found = kernels.monotonic_bwd(choose, previous, weights, direction)
+    wanted = torch.autograd.grad(expected, wide, direction.double())
+    assert_close_to_float64(found, wanted, names=("choose", "previous"))
+    return weights
+
+
+@pytest.mark.parametrize("block", [32, alignment.LARGEST_BLOCK])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 4, 33), (1, 3, 70), (3, 5, 64)], ids=str)
+def test_monotonic(shape, block, monkeypatch):
+    monkeypatch.setattr(alignment, "LARGEST_BLOCK", block)
+    choose = torch.rand(shape)
+    align_and_back(choose, torch.rand(shape[0], shape[2]).softmax(-1))
+    align_and_back((choose > 0.6).float(), torch.eye(shape[2])[:1].repeat(shape[0], 1))
+    align_and_back(choose.masked_fill(torch.rand(shape) > 0.5, 0), torch.rand(shape[0], shape[2]))
+
+
+@pytest.mark.parametrize("value", [1 - 1e-6, 1e-6, 0.5])
+def test_monotonic_where_products_vanish(value):
+    """A quotient of products of 1 - p, as in the paper's formula, would be 0 / 0."""
+    start = torch.zeros(1, 200)
+    start[:, 0] = 1
+    weights = align_and_back(torch.full((1, 3, 200), value), start)
+    assert weights.sum(-1).le(1 + 1e-6).all()
+
+
+def test_hard_monotonic_is_exact():
+    choose = (torch.rand(2, 6, 40) > 0.7).float()
+    start = torch.zeros(2, 40)
+    start[:, 0] = 1
+    assert_same_bits(kernels.monotonic_fwd(choose, start), walked(choose, start))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_monotonic_of_nothing(shape):
+    choose, previous = torch.zeros(shape), torch.zeros(shape[0], shape[2])
+    weights = kernels.monotonic_fwd(choose, previous)
+    assert weights.shape == shape
+    d_choose, d_previous = kernels.monotonic_bwd(choose, previous, weights, weights)
+    assert d_choose.shape == shape
+    assert d_previous.shape == previous.shape
+    assert d_previous.eq(0).all()
+
+
+def test_monotonic_bad_input():
+    choose, previous = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+    for error, message, arguments in (
+        (ValueError, r"choose: expected \[B, T, S\], got \[3, 4\]", (choose[0], previous)),
+        (
+            ValueError,
+            r"previous: expected \[B, S\] with B=2, S=4 .*, got \[4, 2\]",
+            (choose, previous.t()),
+        ),
+        (TypeError, "choose: expected torch.float32, got torch.float64", (choose.double(), previous)),
+        (TypeError, r"previous: expected torch.float32 \(from choose\)", (choose, previous.bfloat16())),
+    ):
+        with pytest.raises(error, match=message):
+            kernels.monotonic_fwd(*arguments)
+    with pytest.raises(ValueError, match="d_weights: expected the shape of choose"):
+        kernels.monotonic_bwd(choose, previous, choose, choose[:1])
