@@ -97,6 +97,55 @@ def test_features_bad_input():
         kernels.feature_bwd(x, x, x, x, None, None, None, True)
 
 
+# Pooling
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 33, 3), (1, 1, 1, 1), (1, 33, 5, 35)], ids=str)
+def test_pooling(shape):
+    B, S, A, R = shape
+    inner, v = torch.randn(B, S, A) * 2, torch.randn(R, A)
+    inner.view(-1)[0], inner.view(-1)[-1] = 1e4, -1e30
+    wide = [t.double().requires_grad_() for t in (inner, v)]
+    expected = (wide[0].tanh() @ wide[1].t()).transpose(1, 2)
+    assert_close_to_float64(kernels.pool_fwd(inner, v), expected)
+    direction = torch.randn(expected.shape)
+    wanted = torch.autograd.grad(expected, wide, direction.double())
+    assert_close_to_float64(kernels.pool_bwd(direction, inner, v), wanted, names=("inner", "v"))
+
+
+def test_pooling_in_halves():
+    # float16 alone: the interpreter multiplies matrices of bfloat16 by their bits.
+    inner, v, direction = (t.half() for t in (torch.randn(2, 40, 20), torch.randn(3, 20), torch.randn(2, 3, 40)))
+    wide = [t.double().requires_grad_() for t in (inner, v)]
+    expected = (wide[0].tanh() @ wide[1].t()).transpose(1, 2)
+    assert_close_to_float64(kernels.pool_fwd(inner, v), expected)
+    found = kernels.pool_bwd(direction, inner, v)
+    assert_close_to_float64(found, torch.autograd.grad(expected, wide, direction.double()))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=str)
+def test_pooling_of_nothing(shape):
+    B, S, A, R = shape
+    inner, v = torch.ones(B, S, A), torch.ones(R, A)
+    scores = kernels.pool_fwd(inner, v)
+    assert scores.shape == (B, R, S)
+    assert scores.eq(0).all()
+    assert all(g.eq(0).all() for g in kernels.pool_bwd(scores, inner, v))
+
+
+def test_pooling_bad_input():
+    inner, v = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+    for error, message, arguments in (
+        (ValueError, r"inner: expected \[B, S, A\], got \[3, 4\]", (inner[0], v)),
+        (ValueError, r"v: expected \[R, A\] with A=4 \(from inner\), got \[4, 5\]", (inner, v.t())),
+        (TypeError, r"v: expected torch.float32 \(from inner\)", (inner, v.bfloat16())),
+    ):
+        with pytest.raises(error, match=message):
+            kernels.pool_fwd(*arguments)
+    with pytest.raises(ValueError, match=r"d_scores: expected .* the shape of the scores"):
+        kernels.pool_bwd(inner, inner, v)
+
+
 # Monotonic alignment
 
 

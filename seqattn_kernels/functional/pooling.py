@@ -123,6 +123,9 @@ def pooling_attention(
         )
         return context.squeeze(1).to(input.dtype), None if weights is None else weights.squeeze(1).to(input.dtype)
     inner = F.linear(clean, weight, bias)
-    scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
+    if choose_backend(inner, backend) == "triton":
+        scores = ops.features.pool_scores(inner, v.to(inner.dtype))
+    else:
+        scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
     weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)
     return context_of(weights, values, lengths, mask, chosen), weights if need_weights else None

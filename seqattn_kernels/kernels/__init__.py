@@ -13,6 +13,7 @@ from seqattn_kernels.kernels.operators import (
     scores_bwd,
     scores_fwd,
 )
+from seqattn_kernels.kernels.pooling import pool_bwd, pool_fwd
 
 __all__ = [
     "additive_bwd",
@@ -24,6 +25,8 @@ __all__ = [
     "monotonic_fwd",
     "normalize_bwd",
     "normalize_fwd",
+    "pool_bwd",
+    "pool_fwd",
     "scores_bwd",
     "scores_fwd",
 ]

@@ -24,6 +24,7 @@ from seqattn_kernels.kernels.context import contain_kernel
 from seqattn_kernels.kernels.disassembly import Listing, listing
 from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
 from seqattn_kernels.kernels.features import feature_bwd_kernel, feature_fwd_kernel
+from seqattn_kernels.kernels.pooling import pool_bwd_kernel, pool_fwd_kernel
 from seqattn_kernels.kernels.rows import normalize_bwd_kernel, normalize_fwd_kernel
 from seqattn_kernels.kernels.score_backward import scores_bwd_kernel
 from seqattn_kernels.kernels.score_forward import scores_fwd_kernel
@@ -182,6 +183,11 @@ def _features(dtype: str) -> Iterator[Configuration]:
             types = {"mask": "*u8"}
             yield Configuration(f"feature_fwd {name}", feature_fwd_kernel, constants, tile.warps, dtype, types=types)
             yield Configuration(f"feature_bwd {name}", feature_bwd_kernel, constants, tile.warps, dtype, types=types)
+    for rows in (16, tiles.POOL.R):
+        constants = dict(R_BLOCK=rows, S_BLOCK=tiles.POOL.S, A_BLOCK=tiles.POOL.A)
+        types = {"scores": "*" + dtype, "d_scores": "*" + dtype}
+        yield Configuration(f"pool_fwd {rows} rows", pool_fwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
+        yield Configuration(f"pool_bwd {rows} rows", pool_bwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
 
 
 def _alignment() -> Iterator[Configuration]:

@@ -15,7 +15,7 @@ from seqattn_kernels import native
 from seqattn_kernels.reference.attention import SCORES
 from seqattn_kernels.reference.normalizers import NORMALIZERS
 
-# As in csrc/ops.cpp.
+# As in csrc/ops.cpp; those of pooling are here alone: a CPU takes torch's product.
 SCHEMAS = {
     "additive_fwd": "(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, "
     "Tensor? mask, bool need_weights) -> (Tensor, Tensor)",
@@ -32,6 +32,8 @@ SCHEMAS = {
     "context_fwd": "(Tensor weights, Tensor values) -> Tensor",
     "monotonic_fwd": "(Tensor choose, Tensor previous) -> Tensor",
     "monotonic_bwd": "(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)",
+    "pool_fwd": "(Tensor inner, Tensor v) -> Tensor",
+    "pool_bwd": "(Tensor d_scores, Tensor inner, Tensor v) -> (Tensor, Tensor)",
     "feature_fwd": "(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",
     "feature_bwd": "(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, "
     "Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",

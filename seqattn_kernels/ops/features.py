@@ -1,4 +1,5 @@
-"""The operator of attention over time for each feature: fake kernels, autograd, and what Python calls."""
+"""The operators of attention without a query, over time for each feature and pooling: fake kernels, autograd, and what
+Python calls."""
 
 from __future__ import annotations
 
@@ -21,8 +22,20 @@ def _register_fakes() -> None:
         return input.new_empty(input.shape), input.new_empty(input.shape)
 
 
+def _register_pool_fakes() -> None:
+    @torch.library.register_fake("seqattn::pool_fwd")
+    def _(inner, v):
+        return inner.new_empty(inner.shape[0], v.shape[0], inner.shape[1])
+
+    @torch.library.register_fake("seqattn::pool_bwd")
+    def _(d_scores, inner, v):
+        return inner.new_empty(inner.shape), v.new_empty(v.shape)
+
+
 if attention_cuda.declared():
     _register_fakes()
+if attention_cuda.why_not() is None:
+    _register_pool_fakes()
 
 
 class FeatureFunction(torch.autograd.Function):
@@ -72,3 +85,37 @@ def weighted(
     if torch.is_grad_enabled() and (inner.requires_grad or input.requires_grad):
         return apply_function(FeatureFunction, inner, input, lengths, mask, reduce)
     return torch.ops.seqattn.feature_fwd.default(inner, input, lengths, mask, reduce)
+
+
+class PoolFunction(torch.autograd.Function):
+    """Saves its inputs alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inner, v):
+        return torch.ops.seqattn.pool_fwd.default(inner, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_scores):
+        inner, v = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            slope = 1 - inner.tanh().square()
+            return (
+                (d_scores.transpose(1, 2) @ v) * slope if needs[0] else None,
+                torch.einsum("brs,bsa->ra", d_scores, inner.tanh()) if needs[1] else None,
+            )
+        d_inner, d_v = torch.ops.seqattn.pool_bwd.default(d_scores, inner, v)
+        return d_inner if needs[0] else None, d_v if needs[1] else None
+
+
+def pool_scores(inner: Tensor, v: Tensor) -> Tensor:
+    """Scores [B, R, S], ``v @ tanh(inner)``, of inner [B, S, A] and v [R, A] of one dtype, on a GPU."""
+    if torch.is_grad_enabled() and (inner.requires_grad or v.requires_grad):
+        return apply_function(PoolFunction, inner, v)
+    return torch.ops.seqattn.pool_fwd.default(inner, v)
