@@ -113,11 +113,13 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // stood before, `previous` [B, S].
   m.def("monotonic_fwd(Tensor choose, Tensor previous) -> Tensor");
   m.def("monotonic_bwd(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)");
-  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
-  // summed over s with `reduce`. `mask` is boolean [B, S].
-  m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");
-  // Results: gradients of inner and input.
+  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(input weight^T + bias), and
+  // weights * input, summed over s with `reduce`; with `keep` also that tanh, for backward. `mask` is boolean [B, S].
   m.def(
-      "feature_bwd(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, Tensor? lengths, "
-      "Tensor? mask, bool reduce) -> (Tensor, Tensor)");
+      "feature_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? mask, bool reduce, bool keep) "
+      "-> (Tensor, Tensor, Tensor)");
+  // Results: gradients of input (empty unless `need_input`), weight, bias (empty without one).
+  m.def(
+      "feature_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor weights, Tensor tangents, Tensor? d_result, "
+      "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool reduce, bool need_input) -> (Tensor, Tensor, Tensor)");
 }

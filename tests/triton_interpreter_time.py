@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from seqattn_kernels import kernels, reference
-from seqattn_kernels.kernels import alignment
+from seqattn_kernels.kernels import alignment, features
+from seqattn_kernels.kernels.launch import EVERYTHING, Masks
 from tests.compare import assert_close_to_float64, assert_same_bits
 from tests.triton_interpreter import INF, NAN, masks_of, quiet
 
@@ -32,12 +33,13 @@ def test_features_over_time(shape, mask, reduce):
     if keep is not None:
         for t in (inner, input):
             t.masked_fill_(~keep, NAN)
-    found = kernels.feature_fwd(inner, input, lengths, allowed, reduce)
+    masks = Masks.of(lengths, allowed)
+    found = features.weighted_fwd(inner, input, masks, reduce)
     assert_close_to_float64(found, expected, names=("result", "weights"))
     directions = [torch.randn(t.shape) for t in expected]
     for some in ((True, True), (True, False), (False, True)):
         given = [d if there else None for d, there in zip(directions, some, strict=True)]
-        gradients = kernels.feature_bwd(inner, input, found[1], *given, lengths, allowed, reduce)
+        gradients = features.weighted_bwd(inner, input, found[1], *given, masks, reduce)
         outputs = [e for e, there in zip(expected, some, strict=True) if there]
         wanted = torch.autograd.grad(
             outputs, wide, [d.double() for d in given if d is not None], retain_graph=True, materialize_grads=True
@@ -49,10 +51,10 @@ def test_features_over_time_in_halves_and_of_any_size():
     inner, input = torch.randn(2, 19, 6).bfloat16(), torch.randn(2, 19, 6).bfloat16()
     wide = [t.double().requires_grad_() for t in (inner, input)]
     expected = reference.attention.feature_weighted(*wide)
-    found = kernels.feature_fwd(inner, input, None, None, False)
+    found = features.weighted_fwd(inner, input, EVERYTHING, False)
     assert_close_to_float64(found, expected)
     direction = torch.randn(2, 19, 6).bfloat16()
-    gradients = kernels.feature_bwd(inner, input, found[1], direction, None, None, None, False)
+    gradients = features.weighted_bwd(inner, input, found[1], direction, None, EVERYTHING, False)
     wanted = torch.autograd.grad(expected[0], wide, direction.double())
     assert_close_to_float64(gradients, wanted)
     for value in (NAN, INF, -INF, 1e30, 1e-30):
@@ -60,41 +62,66 @@ def test_features_over_time_in_halves_and_of_any_size():
         inner[0, 2, 1] = value
         wide = inner.double().requires_grad_()
         expected = reference.attention.feature_weighted(wide, input.double())
-        found = kernels.feature_fwd(inner, input, None, None, False)
+        found = features.weighted_fwd(inner, input, EVERYTHING, False)
         assert_close_to_float64(found, expected)
-        d_inner, _ = kernels.feature_bwd(inner, input, found[1], input, None, None, None, False)
+        d_inner, _ = features.weighted_bwd(inner, input, found[1], input, None, EVERYTHING, False)
         assert_close_to_float64(d_inner, torch.autograd.grad(expected[0], wide, input.double())[0])
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("mask", ["none", "lengths", "[B, S]"])
+def test_features_with_their_linear_layer(mask, reduce):
+    input, weight, bias = torch.randn(2, 19, 6), torch.randn(6, 6), torch.randn(6)
+    lengths, allowed = masks_of(mask, 2, 1, 19)
+    keep = reference.attention.attended(input, lengths, allowed)
+    keep = None if keep is None else keep.transpose(1, 2)
+    wide = [t.double().requires_grad_() for t in (input, weight, bias)]
+    expected = reference.attention.feature_attention(*wide, keep, reduce)
+    if keep is not None:
+        input.masked_fill_(~keep, NAN)
+    *found, tangents = kernels.feature_fwd(input, weight, bias, lengths, allowed, reduce, True)
+    assert_close_to_float64(found, expected)
+    assert kernels.feature_fwd(input, weight, bias, lengths, allowed, reduce, False)[2].numel() == 0
+    directions = [torch.randn(t.shape) for t in expected]
+    wanted = torch.autograd.grad(expected, wide, [d.double() for d in directions])
+    saved = (input, weight, bias, found[1], tangents, *directions, lengths, allowed, reduce)
+    assert_close_to_float64(kernels.feature_bwd(*saved, True), wanted, names=("input", "weight", "bias"))
+    without, d_weight, none = kernels.feature_bwd(input, weight, None, *saved[3:], False)
+    assert without.numel() == none.numel() == 0
+    assert_close_to_float64(d_weight, wanted[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 def test_features_of_nothing(shape):
-    x = torch.zeros(shape)
+    x, weight, bias = torch.zeros(shape), torch.zeros(shape[2], shape[2]), torch.zeros(shape[2])
     for reduce in (False, True):
-        result, weights = kernels.feature_fwd(x, x, None, None, reduce)
+        result, weights, kept = kernels.feature_fwd(x, weight, None, None, None, reduce, True)
         assert result.shape == ((shape[0], shape[2]) if reduce else shape)
         assert result.eq(0).all()
         assert weights.shape == shape
-        assert all(g.shape == shape for g in kernels.feature_bwd(x, x, weights, result, None, None, None, reduce))
+        found = kernels.feature_bwd(x, weight, bias, weights, kept, result, None, None, None, reduce, True)
+        assert [g.shape for g in found] == [x.shape, weight.shape, bias.shape]
 
 
 def test_features_bad_input():
-    x = torch.zeros(2, 3, 4)
+    x, w = torch.zeros(2, 3, 4), torch.zeros(4, 4)
     for error, message, arguments in (
-        (ValueError, r"input: expected \[B, S, D\], got \[3, 4\]", (x[0], x[0], None, None, True)),
+        (ValueError, r"input: expected \[B, S, D\], got \[3, 4\]", (x[0], w, None, None, None)),
         (
             ValueError,
-            r"inner: expected the shape of input, \[2, 3, 4\], got \[2, 3, 3\]",
-            (x[..., 1:], x, None, None, True),
+            r"weight: expected \[D, D\] with D=4 \(from input\), got \[4, 3\]",
+            (x, w[:, 1:], None, None, None),
         ),
-        (TypeError, r"inner: expected torch.float32 \(from input\)", (x.bfloat16(), x, None, None, True)),
-        (TypeError, r"input: expected one of .*, got torch.float64", (x.double(), x.double(), None, None, True)),
-        (TypeError, "mask: expected torch.bool, got torch.float32", (x, x, None, torch.zeros(2, 3), True)),
-        (ValueError, r"lengths: expected \[B\] with B=2", (x, x, torch.zeros(3, dtype=torch.int64), None, True)),
+        (TypeError, r"weight: expected torch.float32 \(from input\)", (x, w.bfloat16(), None, None, None)),
+        (TypeError, r"input: expected one of .*, got torch.float64", (x.double(), w, None, None, None)),
+        (ValueError, r"bias: expected \[D\] with D=4 \(from input\), got \[3\]", (x, w, w[0, 1:], None, None)),
+        (TypeError, "mask: expected torch.bool, got torch.float32", (x, w, None, None, torch.zeros(2, 3))),
+        (ValueError, r"lengths: expected \[B\] with B=2", (x, w, None, torch.zeros(3, dtype=torch.int64), None)),
     ):
         with pytest.raises(error, match=message):
-            kernels.feature_fwd(*arguments)
+            kernels.feature_fwd(*arguments, True, True)
     with pytest.raises(ValueError, match=r"d_result: expected \[2, 4\], got \[2, 3, 4\]"):
-        kernels.feature_bwd(x, x, x, x, None, None, None, True)
+        kernels.feature_bwd(x, w, None, x, x, x, None, None, None, True, True)
 
 
 # Pooling

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import ops, reference
+from seqattn_kernels import native, ops, reference
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.functional.scoring import attend
@@ -40,26 +40,50 @@ def feature_attention(
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
     """
+    if _taken_as_given(input, mask, mask_polarity, backend):
+        try:
+            return ops.features.attention(input, weight, bias, lengths, mask, reduce)
+        except (RuntimeError, TypeError, ValueError):
+            pass
     expect_rank("input", input, "[B, S, D]", 3)
-    expect_shape("weight", weight, "[D, D]", {"D": input.shape[2]})
-    attend = None
+    sizes = {"D": input.shape[2]}
+    expect_shape("weight", weight, "[D, D]", sizes)
+    if bias is not None:
+        expect_shape("bias", bias, "[D]", sizes)
     if lengths is not None or mask is not None:
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
         if isinstance(mask, Tensor):
             expect_shape("mask", mask, "[B, S]", {"B": input.shape[0], "S": input.shape[1]})
         lengths, mask = resolve(input.shape[0], None, input.shape[1], input.device, lengths, mask, mask_polarity)
-        attend = attended(input, lengths, mask)
-        assert attend is not None
-        attend = attend.transpose(1, 2)
-    name = choose_backend(input, backend)
-    if weight.dtype == input.dtype and (name == "triton" or (name == "cpu" and input.dtype in WIDE)):
-        # Where gradients of the layer will be asked for, 0 * NaN must not get into them.
-        clean = input if attend is None or not torch.is_grad_enabled() else input.masked_fill(~attend, 0)
-        inner = F.linear(clean, weight, bias)
-        if inner.dtype == input.dtype:  # autocast may say otherwise
-            return ops.features.weighted(inner, clean, lengths, mask, reduce)
+    if _computed_here(input, choose_backend(input, backend), weight, bias):
+        return ops.features.attention(input, weight, bias, lengths, mask, reduce)
+    attend = attended(input, lengths, mask)
+    attend = None if attend is None else attend.transpose(1, 2)
     return reference.attention.feature_attention(input, weight, bias, attend, reduce)
+
+
+def _taken_as_given(input: Tensor, mask: Tensor | None, mask_polarity: str, backend: str | None) -> bool:
+    """Whether an operator gets the arguments as they are. It looks at everything itself; what it refuses is looked at
+    again in Python, to convert it or to say why."""
+    return (
+        backend is None
+        and input.dtype in WIDE
+        and input.is_cpu
+        and (mask is None or mask_polarity == "attend")
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _computed_here(input: Tensor, backend: str, *parameters: Tensor | None) -> bool:
+    """Whether the operators of this room take them: of one dtype, which autocast would change."""
+    return (
+        (backend == "triton" or (backend == "cpu" and input.dtype in WIDE))
+        and all(t is None or t.dtype == input.dtype for t in parameters)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
 
 
 def pooling_attention(

@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqattn_kernels.kernels import tiles
 from seqattn_kernels.kernels.checks import expect_dtype, expect_rank, expect_served, expect_shape, masks_of
+from seqattn_kernels.kernels.context import contained
 from seqattn_kernels.kernels.launch import Masks, on_device, padded, target
 from seqattn_kernels.kernels.scores import reciprocal
 
@@ -249,27 +251,10 @@ class _Launch(NamedTuple):
         return [{"ADD": True, "WRITE": False}, {"ADD": False, "WRITE": True}]
 
 
-def _check(inner: Tensor, input: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Masks:
-    expect_rank("input", input, "[B, S, D]")
-    expect_served("input", input)
-    expect_shape("inner", inner, f"the shape of input, {list(input.shape)}", input.shape)
-    expect_dtype("inner", inner, input, source="input")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
-    return masks_of(input.shape[0], 1, input.shape[1], input, lengths, mask)
-
-
-def feature_fwd(
-    inner: Tensor,
-    input: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    reduce: bool,
-    tile: tiles.FeatureTile = tiles.FEATURES,
+def weighted_fwd(
+    inner: Tensor, input: Tensor, masks: Masks, reduce: bool, tile: tiles.FeatureTile = tiles.FEATURES
 ) -> tuple[Tensor, Tensor]:
     """weights * input, [B, S, D] or its sum over s [B, D], and the weights; 0 where not attended to."""
-    masks = _check(inner, input, lengths, mask)
-    inner, input = inner.contiguous(), input.contiguous()
     batch, source, width = input.shape
     weights = torch.empty_like(input)
     result = input.new_empty(batch, width) if reduce else torch.empty_like(input)
@@ -299,30 +284,18 @@ def feature_fwd(
     return result, weights
 
 
-def feature_bwd(
+def weighted_bwd(
     inner: Tensor,
     input: Tensor,
     weights: Tensor,
     d_result: Tensor | None,
     d_weights: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     reduce: bool,
     tile: tiles.FeatureTile = tiles.FEATURES,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of inner and input."""
-    masks = _check(inner, input, lengths, mask)
+    """Gradients of inner, and of input where it is multiplied with the weights."""
     batch, source, width = input.shape
-    shape = (batch, width) if reduce else input.shape
-    for name, t, expected in (
-        ("weights", weights, input.shape),
-        ("d_result", d_result, shape),
-        ("d_weights", d_weights, input.shape),
-    ):
-        if t is not None:
-            expect_shape(name, t, str(list(expected)), expected)
-            expect_dtype(name, t, input, source="input")
-    inner, input, weights = inner.contiguous(), input.contiguous(), weights.contiguous()
     d_inner, d_input = torch.empty_like(input), torch.empty_like(input)
     if input.numel() == 0:
         return d_inner, d_input
@@ -334,8 +307,8 @@ def feature_bwd(
                 inner,
                 input,
                 weights,
-                None if d_result is None else d_result.contiguous(),
-                None if d_weights is None else d_weights.contiguous(),
+                d_result,
+                d_weights,
                 masks.lengths,
                 masks.mask,
                 masks.strides()[0],
@@ -351,3 +324,78 @@ def feature_bwd(
                 **launch.options,
             )
     return d_inner, d_input
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None) -> Masks:
+    expect_rank("input", input, "[B, S, D]")
+    expect_served("input", input)
+    width = input.shape[2]
+    expect_shape("weight", weight, f"[D, D] with D={width} (from input)", (width, width))
+    expect_dtype("weight", weight, input, source="input")
+    if bias is not None:
+        expect_shape("bias", bias, f"[D] with D={width} (from input)", (width,))
+        expect_dtype("bias", bias, input, source="input")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+    return masks_of(input.shape[0], 1, input.shape[1], input, lengths, mask)
+
+
+def feature_fwd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    reduce: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights * input, [B, S, D] or its sum over s [B, D]; the weights; with `keep` what tanh was taken of, of which
+    backward has the slope in all its digits. 0 where not attended to; what stands there may be anything."""
+    masks = _check(input, weight, bias, lengths, mask)
+    input = input.contiguous()
+    inner = F.linear(input, weight, bias)
+    result, weights = weighted_fwd(inner, input, masks, reduce)
+    return result, weights, inner if keep else input.new_empty(0)
+
+
+def feature_bwd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    tangents: Tensor,
+    d_result: Tensor | None,
+    d_weights: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    reduce: bool,
+    need_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input (empty unless needed), weight and bias (empty without one). tangents: what forward kept."""
+    masks = _check(input, weight, bias, lengths, mask)
+    batch, _, width = input.shape
+    shape = (batch, width) if reduce else input.shape
+    given = [("weights", weights, input.shape), ("tangents", tangents, input.shape)]
+    if d_result is not None:
+        given.append(("d_result", d_result, torch.Size(shape)))
+    if d_weights is not None:
+        given.append(("d_weights", d_weights, input.shape))
+    for name, t, expected in given:
+        expect_shape(name, t, str(list(expected)), expected)
+        expect_dtype(name, t, input, source="input")
+    input = input.contiguous()
+    d_inner, d_input = weighted_bwd(
+        tangents.contiguous(),
+        input,
+        weights.contiguous(),
+        None if d_result is None else d_result.contiguous(),
+        None if d_weights is None else d_weights.contiguous(),
+        masks,
+        reduce,
+    )
+    rows, by_column = input.flatten(0, 1), d_inner.flatten(0, 1).t()
+    d_weight = contained(by_column.unsqueeze(0), rows.unsqueeze(0))[0] if masks.hide else by_column @ rows
+    if need_input:
+        d_input = torch.addmm(d_input.flatten(0, 1), by_column.t(), weight).view_as(input)
+    d_bias = input.new_empty(0) if bias is None else d_inner.sum((0, 1))
+    return d_input if need_input else input.new_empty(0), d_weight, d_bias

@@ -34,9 +34,10 @@ SCHEMAS = {
     "monotonic_bwd": "(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)",
     "pool_fwd": "(Tensor inner, Tensor v) -> Tensor",
     "pool_bwd": "(Tensor d_scores, Tensor inner, Tensor v) -> (Tensor, Tensor)",
-    "feature_fwd": "(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",
-    "feature_bwd": "(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, "
-    "Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)",
+    "feature_fwd": "(Tensor input, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? mask, bool reduce, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    "feature_bwd": "(Tensor input, Tensor weight, Tensor? bias, Tensor weights, Tensor tangents, Tensor? d_result, "
+    "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool reduce, bool need_input) -> (Tensor, Tensor, Tensor)",
 }
 
 _installed = importlib.util.find_spec("triton") is not None
