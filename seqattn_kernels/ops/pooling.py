@@ -1,5 +1,5 @@
-"""The operators of self-attentive pooling: all of it on a CPU; on a GPU the scores of many rows. Fake kernels, autograd,
-and what Python calls."""
+"""The operators of self-attentive pooling: all of it on a CPU, the scores of many rows on a GPU. Fake kernels,
+autograd, and what Python calls."""
 
 from __future__ import annotations
 
