@@ -133,4 +133,16 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def(
       "feature_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor weights, Tensor tangents, Tensor? d_result, "
       "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool reduce, bool need_input) -> (Tensor, Tensor, Tensor)");
+  // Self-attentive pooling: weights [B, R, S], a softmax over s of v . tanh(input weight^T + bias) with v [R, N], and
+  // the sums of values (the input where absent) by them, both without R where v is [N]; with `keep` also that tanh, for
+  // backward. Masks [B, S].
+  m.def(
+      "pooling_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor v, Tensor? values, Tensor? lengths, Tensor? mask, "
+      "bool keep) -> (Tensor, Tensor, Tensor)");
+  // Results: gradients of input (empty unless `need_input`), weight, bias, v, values (empty where absent or not
+  // needed).
+  m.def(
+      "pooling_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor v, Tensor? values, Tensor weights, "
+      "Tensor tangents, Tensor? d_context, Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_input, "
+      "bool need_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

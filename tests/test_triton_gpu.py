@@ -299,6 +299,12 @@ CALLS = {
     ),
     "coverage": lambda t: F.coverage_attention(t["query"], t["keys"], t["v"], t["history"], t["bias"]),
     "pooling": lambda t: F.pooling_attention(t["keys"], t["square"], t["v"], lengths=LENGTHS),
+    "pooling rows": lambda t: F.pooling_attention(t["keys"], t["square"], t["heads"].repeat(1, 4), lengths=LENGTHS),
+    "monotonic": lambda t: F.monotonic_attention(t["query"], t["keys"], t["v"], score_bias=-1.0, lengths=LENGTHS),
+    "monotonic hard": lambda t: F.monotonic_attention(t["query"], t["keys"], t["v"], mode="hard", mask=MASK.cuda()),
+    "feature reduced": lambda t: F.feature_attention(
+        t["keys"], t["square"], t["bias"], mask=MASK[:, 0].cuda(), reduce=True
+    ),
     "feature": lambda t: F.feature_attention(t["keys"], t["square"], t["bias"], lengths=LENGTHS),
 }
 
@@ -306,7 +312,7 @@ CALLS = {
 @pytest.mark.parametrize("T", [0, 20])
 @pytest.mark.parametrize("name", CALLS)
 def test_fp32_functions(name, T):
-    if T and name in ("location", "coverage", "pooling", "feature"):
+    if T and name in ("location", "coverage", "pooling", "pooling rows", "feature", "feature reduced"):
         pytest.skip("one query at a time")
     tensors = _problem(T)
     wide = to_float64(tensors)

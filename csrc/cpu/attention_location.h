@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "lanes.h"
 #include "scores/registry.h"
-#include "simd.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
@@ -60,14 +60,6 @@ SEQATTN_INLINE void add_scores(const FeatureTerm<T>& term, const T* query, const
   }
 }
 
-template <class T>
-SEQATTN_INLINE T lanes_by_halves(Vec<T> v) {
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) v[i] += v[i + n];
-  }
-  return v[0];
-}
-
 // Enough sums in registers to hide latencies, no more than there are.
 template <class T>
 inline constexpr int kRows = kRegisters == 32 ? 8 : 4;
@@ -83,7 +75,7 @@ void score_keys(const FeatureTerm<T>& term, const T* query, const T* v, const T*
     add_scores<T, N, 2>(term, query, v, keys, features, a, 2 * W, sum);
   }
   for (; a < term.A; a += W) add_scores<T, N, 1>(term, query, v, keys, features, a, term.A - a, sum);
-  for (int i = 0; i < N; ++i) out[i] = lanes_by_halves<T>(sum[i]);
+  for (int i = 0; i < N; ++i) out[i] = sum_all<T>(sum[i])[0];
 }
 
 template <class T, int N>

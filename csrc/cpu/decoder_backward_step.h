@@ -331,7 +331,7 @@ class DecoderBackward : TileRows<Cell, T> {
     const T* dw = s_.d_weights + i * s_.ld_source;
     Vec<T> sums{};
     for (int64_t s = 0; s < length; s += W) sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
-    const Vec<T> sum = broadcast(sum_by_halves<T>(sums));
+    const Vec<T> sum = sum_all<T>(sums);
     for (int64_t s = 0; s < length; s += W) {
       store(own_.scores + s, load_partial(w + s, length - s) * (load_partial(dw + s, length - s) - sum));
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels import reference
+from seqattn_kernels.ops import attention_cuda
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
 def _register_fakes() -> None:
@@ -22,12 +23,12 @@ def _register_fakes() -> None:
         return empty(input.shape if need_input else 0), empty(weight.shape), empty(0 if bias is None else bias.shape)
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
 
 
 class FeatureFunction(torch.autograd.Function):
-    """Saves its inputs, the weights and the tanh that they are a softmax of."""
+    """Saves its inputs, the weights and what forward keeps of the tanh that they are a softmax of."""
 
     generate_vmap_rule = True
 
@@ -51,14 +52,12 @@ class FeatureFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             attend = reference.attention.attended(input, lengths, mask)
             attend = None if attend is None else attend.transpose(1, 2)
-            given = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
-            outputs = reference.attention.feature_attention(*given, attend, ctx.reduce)
-            pairs = [(out, g) for out, g in zip(outputs, (d_result, d_weights), strict=True) if g is not None]
-            wanted = [i for i in range(3) if needs[i]]
-            some = torch.autograd.grad(
-                [out for out, _ in pairs], [given[i] for i in wanted], [g for _, g in pairs], create_graph=True
+            found = differentiate_again(
+                lambda x, w, b: reference.attention.feature_attention(x, w, b, attend, ctx.reduce),
+                [input, weight, bias],
+                needs[:3],
+                [d_result, d_weights],
             )
-            found = [dict(zip(wanted, some, strict=True)).get(i) for i in range(3)]
         else:
             found = torch.ops.seqattn.feature_bwd.default(
                 input, weight, bias, weights, tangents, d_result, d_weights, lengths, mask, ctx.reduce, needs[0]
@@ -72,7 +71,7 @@ def attention(
     """weights = softmax over s of tanh(linear(input [B, S, D])); weights * input, summed over s with `reduce`; and the
     weights.
 
-    On the CPU, all float32 or all float64; mask boolean [B, S].
+    All of one dtype, on the CPU float32 or float64; mask boolean [B, S].
     """
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
