@@ -98,8 +98,8 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "scores_bwd(int kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
       "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid (`kind` 0
-  // to 3), with `fill`
-  // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
+  // to 3), with `fill` where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0. On a
+  // CPU also [B, S].
   m.def(
       "normalize_fwd(int kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
       "float fill, bool zero_empty) -> Tensor");
