@@ -198,7 +198,7 @@ int plan_threads(const CellInfo& cell, const Sizes& sizes, const Rows& rows, int
 }
 
 template <class T>
-void prepare(Problem<T>* p, std::vector<BarrierFlag>* flags, int64_t pack_values) {
+void prepare(RecurrenceProblem<T>* p, std::vector<BarrierFlag>* flags, int64_t pack_values) {
   flags->assign(size_t(p->directions) * p->threads, BarrierFlag{});
   p->flags = flags->data();
   p->shared_scratch = padded(p->shared_scratch);
@@ -239,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Tensor reserve =
       allocate(input, save ? std::vector<int64_t>{D, all_rows, reserved(cell.saved) * padded(sizes.hidden)} : none);
 
-  Problem<T> p{};
+  RecurrenceProblem<T> p{};
   p.rows = rows;
   p.sizes = sizes;
   p.input = input.const_data_ptr<T>();
@@ -335,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     }
   }
 
-  Problem<T> p{};
+  RecurrenceProblem<T> p{};
   p.rows = rows;
   p.sizes = sizes;
   p.input = input.const_data_ptr<T>();

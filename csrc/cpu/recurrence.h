@@ -68,7 +68,7 @@ enum class WeightUse {
 };
 
 template <class T>
-struct Problem {
+struct RecurrenceProblem {
   Rows rows;
   Sizes sizes;
   const T* input;
@@ -87,14 +87,14 @@ template <class T>
 struct ForwardKernels {
   int64_t (*packed_size)(int cell, const Sizes&);
   void (*pack)(int cell, const Sizes&, Direction<T>&, Gang&);
-  void (*forward_scratch)(int cell, Problem<T>*);
-  void (*forward)(int cell, const Problem<T>&, Gang&);
+  void (*forward_scratch)(int cell, RecurrenceProblem<T>*);
+  void (*forward)(int cell, const RecurrenceProblem<T>&, Gang&);
 };
 
 template <class T>
 struct RecurrenceKernels : ForwardKernels<T> {
-  void (*backward_scratch)(int cell, Problem<T>*);
-  void (*backward)(int cell, const Problem<T>&, Gang&);
+  void (*backward_scratch)(int cell, RecurrenceProblem<T>*);
+  void (*backward)(int cell, const RecurrenceProblem<T>&, Gang&);
 };
 
 struct RecurrenceTable {

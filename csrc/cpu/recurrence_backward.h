@@ -52,7 +52,7 @@ struct BackwardScratch {
   T *grad, *grad_t, *dh, *dc, *dp, *full;  // see the constructor
   T* end;
 
-  BackwardScratch(const Problem<T>& p, T* data) {
+  BackwardScratch(const RecurrenceProblem<T>& p, T* data) {
     const Sizes& s = p.sizes;
     const int64_t width = padded(s.hidden), batch = p.rows.batch;
     block = p.chunk_rows;
@@ -82,7 +82,7 @@ struct BackwardScratch {
 };
 
 template <class Cell, class T>
-void backward_scratch(Problem<T>* p) {
+void backward_scratch(RecurrenceProblem<T>* p) {
   const BackwardScratch<Cell, T> layout(*p, nullptr);
   p->shared_scratch = layout.end - static_cast<T*>(nullptr);
   const int64_t rows = p->chunk_rows > padded(p->sizes.hidden) ? p->chunk_rows : padded(p->sizes.hidden);
@@ -92,7 +92,7 @@ void backward_scratch(Problem<T>* p) {
 template <class Cell, class T>
 class BackwardDirection {
  public:
-  BackwardDirection(const Problem<T>& problem, int index, T* shared, T* own, Gang& gang)
+  BackwardDirection(const RecurrenceProblem<T>& problem, int index, T* shared, T* own, Gang& gang)
       : p_(problem),
         d_(problem.direction[index]),
         rows_(problem.rows),
@@ -438,7 +438,7 @@ class BackwardDirection {
     }
   }
 
-  const Problem<T>& p_;
+  const RecurrenceProblem<T>& p_;
   const Direction<T>& d_;
   const Rows& rows_;
   const Sizes& sizes_;
@@ -451,7 +451,7 @@ class BackwardDirection {
 };
 
 template <class Cell, class T>
-void backward(const Problem<T>& p, Gang& gang) {
+void backward(const RecurrenceProblem<T>& p, Gang& gang) {
   for_each_direction(p, gang, [&](int d, T* shared, T* own, Gang& team) {
     BackwardDirection<Cell, T>(p, d, shared, own, team).run();
   });

@@ -26,7 +26,7 @@ int64_t input_stride(int64_t n) {
 }
 
 template <class Cell, class T, class A = T>
-void forward_scratch(Problem<T>* p) {
+void forward_scratch(RecurrenceProblem<T>* p) {
   const Sizes& s = p->sizes;
   const int64_t batch = p->rows.batch;
   // Pre-activations of a chunk, two generations of h (and of its operands where they are rounded), c, and the h of the
@@ -45,7 +45,7 @@ void forward_scratch(Problem<T>* p) {
 template <class Cell, class T, class A = T>
 class ForwardDirection {
  public:
-  ForwardDirection(const Problem<T>& problem, int index, T* shared, T* own, Gang& gang)
+  ForwardDirection(const RecurrenceProblem<T>& problem, int index, T* shared, T* own, Gang& gang)
       : p_(problem),
         d_(problem.direction[index]),
         rows_(problem.rows),
@@ -279,7 +279,7 @@ class ForwardDirection {
     }
   }
 
-  const Problem<T>& p_;
+  const RecurrenceProblem<T>& p_;
   const Direction<T>& d_;
   const Rows& rows_;
   const Sizes& sizes_;
@@ -299,7 +299,7 @@ class ForwardDirection {
 // Splits a gang over the directions: with at least as many threads as directions each gets its own part of the gang,
 // else the threads take directions in turn.
 template <class T, class F>
-void for_each_direction(const Problem<T>& p, Gang& gang, F&& run) {
+void for_each_direction(const RecurrenceProblem<T>& p, Gang& gang, F&& run) {
   T* own = p.scratch + p.directions * p.shared_scratch + gang.rank * p.thread_scratch;
   const int parts = gang.size < p.directions ? gang.size : p.directions;
   const int part = gang.rank % parts;
@@ -313,7 +313,7 @@ void for_each_direction(const Problem<T>& p, Gang& gang, F&& run) {
 }
 
 template <class Cell, class T, class A = T>
-void forward(const Problem<T>& p, Gang& gang) {
+void forward(const RecurrenceProblem<T>& p, Gang& gang) {
   for_each_direction(p, gang, [&](int d, T* shared, T* own, Gang& team) {
     if (p.hh != WeightUse::given) {
       pack_weights<Cell, T, A>(p.sizes, p.direction[d], team, p.ih == WeightUse::packed, p.hh == WeightUse::packed);
@@ -331,10 +331,10 @@ constexpr ForwardKernels<T> forward_kernels() {
       [](int number, const Sizes& sizes, Direction<T>& d, Gang& gang) {
         with_cell(number, [&](auto cell) { pack_weights<decltype(cell), T, A>(sizes, d, gang); });
       },
-      [](int number, Problem<T>* p) {
+      [](int number, RecurrenceProblem<T>* p) {
         with_cell(number, [&](auto cell) { forward_scratch<decltype(cell), T, A>(p); });
       },
-      [](int number, const Problem<T>& p, Gang& gang) {
+      [](int number, const RecurrenceProblem<T>& p, Gang& gang) {
         with_cell(number, [&](auto cell) { forward<decltype(cell), T, A>(p, gang); });
       },
   };

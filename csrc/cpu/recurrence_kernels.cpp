@@ -9,8 +9,10 @@ template <class T>
 constexpr RecurrenceKernels<T> kernels() {
   return {
       forward_kernels<T>(),
-      [](int number, Problem<T>* p) { with_cell(number, [&](auto cell) { backward_scratch<decltype(cell), T>(p); }); },
-      [](int number, const Problem<T>& p, Gang& gang) {
+      [](int number, RecurrenceProblem<T>* p) {
+        with_cell(number, [&](auto cell) { backward_scratch<decltype(cell), T>(p); });
+      },
+      [](int number, const RecurrenceProblem<T>& p, Gang& gang) {
         with_cell(number, [&](auto cell) { backward<decltype(cell), T>(p, gang); });
       },
   };

@@ -35,7 +35,7 @@ def feature_attention(
         lengths: tensor [B] on any device, zeros allowed; integers or fractions of S.
         mask: boolean [B, S], True where to attend; with ``mask_polarity="ignore"`` where not to.
         reduce: sum over time.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
@@ -79,12 +79,11 @@ def _taken_as_given(input: Tensor, mask: Tensor | None, mask_polarity: str, back
 
 
 def _computed_here(input: Tensor, backend: str, *parameters: Tensor | None) -> bool:
-    """Whether the operators of this room take them: on a CPU, of one dtype, which autocast would change."""
+    """Whether the operators of this room take them: of one dtype, which autocast would change."""
     return (
-        backend == "cpu"
-        and input.dtype in WIDE
+        (backend == "triton" or (backend == "cpu" and input.dtype in WIDE))
         and all(t is None or t.dtype == input.dtype for t in parameters)
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(input.device.type)
     )
 
 
@@ -140,7 +139,8 @@ def pooling_attention(
     expect_floats(input=input, values=values, weight=weight, v=v)
     expect_devices(input, values=values, weight=weight, v=v)
     lengths, mask = resolve(batch, None, source, input.device, lengths, mask, mask_polarity)
-    here = _computed_here(input, choose_backend(input, backend), weight, bias, v, own_values)
+    name = choose_backend(input, backend)
+    here = name == "cpu" and _computed_here(input, name, weight, bias, v, own_values)
     if here and plain and not (mask is not None and mask.requires_grad):
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(input.dtype)
@@ -164,6 +164,9 @@ def pooling_attention(
         )
         return context.squeeze(1).to(input.dtype), None if weights is None else weights.squeeze(1).to(input.dtype)
     inner = F.linear(clean, weight, bias)
-    scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
+    if choose_backend(inner, backend) == "triton":
+        scores = ops.pooling.scores_of_rows(inner, v.to(inner.dtype))
+    else:
+        scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
     weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)
     return context_of(weights, values, lengths, mask, chosen), weights if need_weights else None

@@ -133,7 +133,8 @@ def context_of(
     dropped = dropped if dropped.dtype == values.dtype else dropped.to(values.dtype)
     if lengths is None and mask is None:
         return torch.bmm(dropped, values)
-    if values.dtype in WIDE and choose_backend(values) == "cpu":
+    name = choose_backend(values)
+    if name == "triton" or (name == "cpu" and values.dtype in WIDE):
         return ops.scores.context(dropped, values)
     attend = attended(values, lengths, mask)
     if weighting.fill != -math.inf or weighting.empty_rows == "eager":

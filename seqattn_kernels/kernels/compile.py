@@ -19,8 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.alignment import LARGEST_BLOCK, monotonic_bwd_kernel, monotonic_fwd_kernel
+from seqattn_kernels.kernels.context import contain_kernel
 from seqattn_kernels.kernels.disassembly import Listing, listing
 from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
+from seqattn_kernels.kernels.features import feature_bwd_kernel, feature_fwd_kernel
+from seqattn_kernels.kernels.pooling import pool_bwd_kernel, pool_fwd_kernel
 from seqattn_kernels.kernels.rows import normalize_bwd_kernel, normalize_fwd_kernel
 from seqattn_kernels.kernels.score_backward import scores_bwd_kernel
 from seqattn_kernels.kernels.score_forward import scores_fwd_kernel
@@ -55,7 +59,8 @@ TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
     ],
     "*fp32",
 )
-INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
+INTEGERS = {"n_step", "m_step", "mask_b", "mask_t", "splits", "heads", "weights_b", "weights_t", "weights_s"}
+INTEGERS |= {"values_b", "values_s", "values_d"}
 NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
@@ -93,6 +98,10 @@ def configurations(tuning: bool) -> Iterator[Configuration]:
             yield from _step_fwd(step, dtype)
         for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD]:
             yield _step_bwd(step, dtype)
+        yield Configuration("contain", contain_kernel, dict(values_d=1, T_BLOCK=16, D_BLOCK=64), 4, dtype)
+        yield from _features(dtype)
+        if dtype == "fp32":
+            yield from _alignment()
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     yield from _any_score()
 
@@ -161,6 +170,31 @@ def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:
     )  # fmt: skip
     name = f"step_bwd {tile.elements}, {tile.stages} stages"
     return Configuration(name, step_bwd_kernel, constants, tile.warps, dtype, tile.elements)
+
+
+def _features(dtype: str) -> Iterator[Configuration]:
+    tile = tiles.FEATURES
+    for reduce in (False, True):
+        for name, add, write in (("whole", True, True), ("sums", True, False), ("weights", False, True)):
+            constants = dict(
+                ADD=add, WRITE=write, REDUCE=reduce, SPLITS=8, S_BLOCK=tile.S, D_BLOCK=tile.D, STAGES=tile.stages,
+            )  # fmt: skip
+            name += ", reduced" if reduce else ""
+            types = {"mask": "*u8"}
+            yield Configuration(f"feature_fwd {name}", feature_fwd_kernel, constants, tile.warps, dtype, types=types)
+            yield Configuration(f"feature_bwd {name}", feature_bwd_kernel, constants, tile.warps, dtype, types=types)
+    for rows in (16, tiles.POOL.R):
+        constants = dict(R_BLOCK=rows, S_BLOCK=tiles.POOL.S, A_BLOCK=tiles.POOL.A)
+        types = {"scores": "*" + dtype, "d_scores": "*" + dtype}
+        yield Configuration(f"pool_fwd {rows} rows", pool_fwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
+        yield Configuration(f"pool_bwd {rows} rows", pool_bwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
+
+
+def _alignment() -> Iterator[Configuration]:
+    for block in (64, LARGEST_BLOCK):
+        warps = max(1, block // 256)
+        yield Configuration(f"monotonic_fwd {block} keys", monotonic_fwd_kernel, dict(BLOCK=block), warps)
+        yield Configuration(f"monotonic_bwd {block} keys", monotonic_bwd_kernel, dict(BLOCK=block), warps)
 
 
 def _any_score() -> Iterator[Configuration]:

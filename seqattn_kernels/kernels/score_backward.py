@@ -176,9 +176,10 @@ def direct_rows(
                 d_own, _ = GRADIENT(own, row)
             else:
                 _, d_own = GRADIENT(row, own)
-            part += d * d_own
+            # What isn't attended to may be anything.
+            part += tl.where(d != 0, d * d_own, 0.0)
             if WITH_V:
-                acc_v += d * FORWARD(own, row)
+                acc_v += tl.where(d != 0, d * FORWARD(own, row), 0.0)
             d_scores += step
             other += A
         acc += part

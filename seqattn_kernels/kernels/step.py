@@ -165,9 +165,7 @@ def step_bwd_kernel(
     query,  # [B, A]
     keys,  # [B, S, A]
     v,  # [H, A] or None: batch element b has row b % H
-    d_scores,  # float32 [B, S]; zero where the query doesn't attend
-    lengths,  # [B] or None
-    used,  # uint8 [B, S] or None: keys of zero don't enter, whatever they hold
+    d_scores,  # float32 [B, S]; zero where the query doesn't attend: such keys don't enter, whatever they hold
     d_keys,  # [B, S, A]
     partial,  # float32 [B, splits, 2, A]: sums of the derivative by q, before v, and of the terms
     S,
@@ -196,17 +194,16 @@ def step_bwd_kernel(
         factor = tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
+    some = tl.zeros((S_BLOCK,), tl.int32)
     for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         inside = s < end
-        valid = inside
-        if lengths is not None:
-            valid = valid & (s < tl.load(lengths + b))
-        if used is not None:
-            valid = valid & (tl.load(used + b * S + s, mask=valid, other=0) != 0)
+        d = tl.load(d_scores + b * S + s, mask=inside, other=0.0)
+        attended = d != 0
+        some |= attended.to(tl.int32)
+        d = d[:, None]
         place = (b * S + s.to(tl.int64))[:, None] * A + a[None, :]
-        k = tl.load(keys + place, mask=valid[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
-        d = tl.load(d_scores + b * S + s, mask=inside, other=0.0)[:, None]
+        k = tl.load(keys + place, mask=attended[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
         if QUICK is None:
             term = FORWARD(q, k)
             d_q, d_k = GRADIENT(q, k)
@@ -214,10 +211,14 @@ def step_bwd_kernel(
             term, d_q, d_k = QUICK(q, k, TARGET)
         acc += d * d_q
         acc_v += d * term
-        tl.store(d_keys + place, (d * d_k * factor).to(d_keys.dtype.element_ty), mask=inside[:, None] & a_mask[None, :])
+        d_k = (d * d_k * factor).to(d_keys.dtype.element_ty)
+        tl.store(d_keys + place, d_k, mask=attended[:, None] & a_mask[None, :])
+        tl.store(d_keys + place, tl.zeros_like(d_k), mask=(inside & (attended == 0))[:, None] & a_mask[None, :])
+    # A query that attends to nothing may be NaN.
+    attends = tl.max(some, 0) > 0
     at = partial + tl.program_id(0).to(tl.int64) * 2 * A + a
-    tl.store(at, tl.sum(acc, 0), mask=a_mask)
-    tl.store(at + A, tl.sum(acc_v, 0), mask=a_mask)
+    tl.store(at, tl.where(attends, tl.sum(acc, 0), 0.0), mask=a_mask)
+    tl.store(at + A, tl.where(attends, tl.sum(acc_v, 0), 0.0), mask=a_mask)
 
 
 STEP_WIDTH = 4096  # columns a step kernel holds in registers
@@ -337,7 +338,6 @@ def step_bwd(
     query: Tensor,
     keys: Tensor,
     v: Tensor | None,
-    masks: Masks,
     tile: tiles.StepTile = tiles.STEP_BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
@@ -358,8 +358,6 @@ def step_bwd(
             keys,
             v,
             d_scores.contiguous(),
-            masks.lengths,
-            masks.used(),
             d_keys,
             partial,
             source,

@@ -39,6 +39,24 @@ class StepTile:
     programs: int  # that fill the GPU
 
 
+@dataclass(frozen=True)
+class FeatureTile:
+    S: int
+    D: int
+    warps: int
+    stages: int
+    programs: int  # that fill the GPU
+
+
+@dataclass(frozen=True)
+class PoolTile:
+    R: int  # rows of v at a time, at most
+    S: int
+    A: int
+    warps: int
+    programs: int  # that fill the GPU
+
+
 FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4)
 BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=3, rows=8)
 # By the bytes of an element of the inputs.
@@ -47,6 +65,8 @@ STEP = {
     2: StepTile(elements=8192, warps=4, stages=3, programs=256),
 }
 STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=3, programs=1024)
+POOL = PoolTile(R=32, S=32, A=32, warps=4, programs=512)
+FEATURES = FeatureTile(S=16, D=64, warps=4, stages=3, programs=512)
 
 # What a tuning run tries.
 FORWARD_TILES = [

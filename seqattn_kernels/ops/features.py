@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
+from seqattn_kernels import reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
@@ -22,12 +23,12 @@ def _register_fakes() -> None:
         return empty(input.shape if need_input else 0), empty(weight.shape), empty(0 if bias is None else bias.shape)
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
 
 
 class FeatureFunction(torch.autograd.Function):
-    """Saves its inputs, the weights and the tanh that they are a softmax of."""
+    """Saves its inputs, the weights and what forward keeps of the tanh that they are a softmax of."""
 
     generate_vmap_rule = True
 
@@ -70,7 +71,7 @@ def attention(
     """weights = softmax over s of tanh(linear(input [B, S, D])); weights * input, summed over s with `reduce`; and the
     weights.
 
-    On the CPU, all float32 or all float64; mask boolean [B, S].
+    All of one dtype, on the CPU float32 or float64; mask boolean [B, S].
     """
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

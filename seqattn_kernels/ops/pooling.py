@@ -1,4 +1,5 @@
-"""The operator of self-attentive pooling: fake kernels, autograd, and what Python calls."""
+"""The operators of self-attentive pooling: all of it on a CPU, the scores of many rows on a GPU. Fake kernels,
+autograd, and what Python calls."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
@@ -34,8 +36,20 @@ def _register_fakes() -> None:
         )
 
 
+def _register_row_fakes() -> None:
+    @torch.library.register_fake("seqattn::pool_fwd")
+    def _(inner, v):
+        return inner.new_empty(inner.shape[0], v.shape[0], inner.shape[1])
+
+    @torch.library.register_fake("seqattn::pool_bwd")
+    def _(d_scores, inner, v):
+        return inner.new_empty(inner.shape), v.new_empty(v.shape)
+
+
 if native.extension is not None:
     _register_fakes()
+if attention_cuda.why_not() is None:
+    _register_row_fakes()
 
 
 class PoolingFunction(torch.autograd.Function):
@@ -94,3 +108,37 @@ def attention(
             input, weight, bias, v, values, lengths, mask, False
         )
     return context, weights
+
+
+class RowScoresFunction(torch.autograd.Function):
+    """Saves its inputs alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inner, v):
+        return torch.ops.seqattn.pool_fwd.default(inner, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_scores):
+        inner, v = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            slope = 1 - inner.tanh().square()
+            return (
+                (d_scores.transpose(1, 2) @ v) * slope if needs[0] else None,
+                torch.einsum("brs,bsa->ra", d_scores, inner.tanh()) if needs[1] else None,
+            )
+        d_inner, d_v = torch.ops.seqattn.pool_bwd.default(d_scores, inner, v)
+        return d_inner if needs[0] else None, d_v if needs[1] else None
+
+
+def scores_of_rows(inner: Tensor, v: Tensor) -> Tensor:
+    """Scores [B, R, S], ``v @ tanh(inner)``, of inner [B, S, A] and v [R, A] of one dtype, on a GPU."""
+    if torch.is_grad_enabled() and (inner.requires_grad or v.requires_grad):
+        return apply_function(RowScoresFunction, inner, v)
+    return torch.ops.seqattn.pool_fwd.default(inner, v)

@@ -37,8 +37,6 @@ def _register_fakes() -> None:
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
-
-def _register_fake_context() -> None:
     @torch.library.register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
@@ -46,8 +44,6 @@ def _register_fake_context() -> None:
 
 if attention_cuda.declared():
     _register_fakes()
-if native.extension is not None:
-    _register_fake_context()
 
 
 # The scores that kernels exist for, by whether the device is a CPU. A test holds them against the kernels' tables.
@@ -240,7 +236,7 @@ class ContextFunction(torch.autograd.Function):
 
 
 def context(weights: Tensor, values: Tensor) -> Tensor:
-    """The native operator on the CPU: weights [B, T, S] times values [B, S, D], both float32 or float64.
+    """The native operator: weights [B, T, S] times values [B, S, D], of one dtype; on the CPU float32 or float64.
 
     Values of keys without weight may be anything, NaN included.
     """
