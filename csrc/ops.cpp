@@ -108,9 +108,14 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def(
       "scores_bwd(int kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
       "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Additive scores with features made on the way, feature_weight [A, F] times a convolution, conv_weight [F, C, W], of
+  // a history [B, C, S] or [B, T, C, S]: [B, T, S], without T for a query [B, A]. 0 past the lengths.
+  m.def(
+      "location_fwd(Tensor query, Tensor keys, Tensor v, Tensor history, Tensor conv_weight, Tensor feature_weight, "
+      "Tensor? lengths) -> Tensor");
   // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid (`kind` 0
-  // to 3), with `fill`
-  // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
+  // to 3), with `fill` where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0. On a
+  // CPU also [B, S].
   m.def(
       "normalize_fwd(int kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
       "float fill, bool zero_empty) -> Tensor");

@@ -18,6 +18,24 @@ struct FeatureTerm {
   int64_t ld_weight, ld_features;
 };
 
+// acc[i] += sum over k of x[i][k] u[k][..], rows of x ldx apart, of u ldu; `left` columns remain.
+template <class T, int N, int NV>
+SEQATTN_INLINE void add_products(Vec<T> (&acc)[N][NV], const T* x, int64_t ldx, const T* u, int64_t ldu, int64_t K,
+                                 int64_t left) {
+  constexpr int W = kLanes<T>;
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> row[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) row[j] = NV > 1 ? load(u + k * ldu + j * W) : load_partial(u + k * ldu, left);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> value = broadcast(x[i * ldx + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] += value * row[j];
+    }
+  }
+}
+
 // Sums k + f U of up to N keys and NV vectors of columns; `left` columns remain from here.
 template <class T, int N, int NV>
 SEQATTN_INLINE void row_sums(const FeatureTerm<T>& term, const T* keys, const T* features, int64_t a, int64_t left,
@@ -31,18 +49,7 @@ SEQATTN_INLINE void row_sums(const FeatureTerm<T>& term, const T* keys, const T*
       acc[i][j] = NV > 1 ? load(k) : load_partial(k, left);
     }
   }
-  for (int64_t f = 0; f < term.F; ++f) {
-    const T* row = term.weight + f * term.ld_weight + a;
-    Vec<T> u[NV];
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) u[j] = NV > 1 ? load(row + j * W) : load_partial(row, left);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      const Vec<T> x = broadcast(features[i * term.ld_features + f]);
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] += x * u[j];
-    }
-  }
+  add_products<T, N, NV>(acc, features, term.ld_features, term.weight + a, term.ld_weight, term.F, left);
 }
 
 template <class T, int N, int NV>

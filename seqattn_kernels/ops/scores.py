@@ -53,6 +53,9 @@ _KINDS: dict[bool, list[str]] = {
 }
 
 
+_NORMALIZERS = {kind: number for number, kind in enumerate(reference.normalizers.NORMALIZERS)}
+
+
 def score_number(kind: str) -> int:
     """What operators call a score."""
     return list(reference.attention.SCORES).index(kind)
@@ -60,7 +63,7 @@ def score_number(kind: str) -> int:
 
 def normalizer_number(kind: str) -> int:
     """What operators call a normalizer."""
-    return list(reference.normalizers.NORMALIZERS).index(kind)
+    return _NORMALIZERS[kind]
 
 
 def native_kinds(device: str) -> list[str]:
@@ -162,7 +165,7 @@ class NormalizeFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         if torch.is_grad_enabled():
             d_scores, d_mask = differentiate_again(
-                lambda s, m: reference.normalizers.normalize(ctx.kind, s, lengths, m, *ctx.numbers),
+                lambda s, m: _reference_weights(ctx.kind, s, lengths, m, *ctx.numbers),
                 [scores, mask],
                 needs,
                 [d_weights],
@@ -183,6 +186,12 @@ class NormalizeFunction(torch.autograd.Function):
         return (None, d_scores if needs[0] else None, None, d_mask if needs[1] else None, None, None, None, None)
 
 
+def _reference_weights(kind: str, scores: Tensor, *args: Any) -> Tensor:
+    if scores.dim() == 3:
+        return reference.normalizers.normalize(kind, scores, *args)
+    return reference.normalizers.normalize(kind, scores.unsqueeze(1), *args).squeeze(1)
+
+
 def normalize(
     kind: str,
     scores: Tensor,
@@ -193,7 +202,8 @@ def normalize(
     fill: float = -math.inf,
     zero_empty: bool = True,
 ) -> Tensor:
-    """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`."""
+    """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`. On a CPU
+    also [B, S], without a gradient of the mask."""
     if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
         return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
     return torch.ops.seqattn.normalize_fwd.default(
