@@ -68,7 +68,7 @@ class FeatureFunction(torch.autograd.Function):
             attend = reference.attention.attended(input, lengths, mask)
             attend = None if attend is None else attend.transpose(1, 2)
             given: list[Any] = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
-            outputs = reference.attention.feature_attention(*given, attend=attend, reduce=ctx.reduce)
+            outputs = reference.attention.feature_attention(given[0], given[1], given[2], attend, ctx.reduce)
             pairs = [(out, g) for out, g in zip(outputs, (d_result, d_weights), strict=True) if g is not None]
             wanted = [i for i in range(3) if needs[i]]
             some = torch.autograd.grad(
