@@ -557,6 +557,8 @@ def test_bad_input():
             call(**arguments)
     with pytest.raises(ValueError, match=r"kind: expected one of .*'additive'.*, got 'none'"):
         kernels.scores_fwd("none", query, keys)
+    with pytest.raises(ValueError, match="keys: expected a tensor on the CPU, got"):
+        kernels.additive_pack(keys)
     with pytest.raises(ValueError, match="feature_weight: expected it together with features"):
         kernels.scores_fwd("additive", query, keys, v, torch.zeros(2, 7, 3))
     with pytest.raises(ValueError, match=r"kind: expected one of .*'softmax'.*, got 'none'"):

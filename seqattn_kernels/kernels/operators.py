@@ -46,6 +46,12 @@ def _check_attention(query: Tensor, keys: Tensor, v: Tensor | None, values: Tens
         expect_dtype("values", values, query)
 
 
+def additive_pack(keys: Tensor) -> Tensor:
+    """There is no order of keys that serves better than their own: a step is bound by reading them, and exponentials in
+    float32 would be no less to read; many queries share those that a call computes."""
+    raise ValueError(f"keys: expected a tensor on the CPU, got {keys.device}, where keys are read as they are")
+
+
 def additive_fwd(
     query: Tensor,
     keys: Tensor,
