@@ -181,19 +181,24 @@ SEQATTN_INLINE void linear_gradients(const LinearArgs<T>& args, int64_t begin, i
   }
 }
 
-// Items are rows of the gradient of the weight: the sum over groups, in order. The last item, N, is that of the bias.
+// out[0..n) = the sum over groups, in order, of what stands at `offset` in their parts.
+template <class T>
+void sum_of_parts(const LinearArgs<T>& args, int64_t offset, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    Vec<T> sum{};
+    for (int64_t g = 0; g < args.groups; ++g) sum += load(args.parts + g * args.part + offset + i);
+    store_partial(out + i, sum, n - i);
+  }
+}
+
+// Items are rows of the gradient of the weight; the last, N, is that of the bias.
 template <class T>
 void sum_parts(const LinearArgs<T>& args, int64_t begin, int64_t end) {
-  constexpr int W = kLanes<T>;
-  const int64_t ldk = args.input_width();
   for (int64_t n = begin; n < end; ++n) {
-    T* out = n < args.N ? args.d_weight + n * args.K : args.d_bias;
-    const int64_t columns = n < args.N ? args.K : args.N;
-    if (!out) continue;
-    for (int64_t k = 0; k < columns; k += W) {
-      Vec<T> sum{};
-      for (int64_t g = 0; g < args.groups; ++g) sum += load(args.parts + g * args.part + n * ldk + k);
-      store_partial(out + k, sum, columns - k);
+    if (n < args.N) {
+      sum_of_parts(args, n * args.input_width(), args.K, args.d_weight + n * args.K);
+    } else if (args.d_bias) {
+      sum_of_parts(args, n * args.input_width(), args.N, args.d_bias);
     }
   }
 }

@@ -1,43 +1,13 @@
 // Weights from scores, a row at a time while it stays in the first-level cache.
 #include "attention_weights_kernels.h"
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
 
 template <class T>
 inline constexpr T kInfinity = T(__builtin_inf());
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Counted : Counted<N - 1, N - 1, I...> {};
-template <int... I>
-struct Counted<0, I...> {
-  using type = Lanes<I...>;
-};
-
-// v with lanes whose numbers differ in the bit `step` exchanged.
-template <class T, int step, int... I>
-SEQATTN_INLINE Vec<T> exchange(Vec<T> v, Lanes<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ step)...);
-}
-
-// The sum (the largest, NaNs aside) of all lanes, in all lanes; by halves, so that the order is the same everywhere.
-template <class T, int step = kLanes<T> / 2>
-SEQATTN_INLINE Vec<T> sum_all(Vec<T> v) {
-  if constexpr (step > 0) return sum_all<T, step / 2>(v + exchange<T, step>(v, typename Counted<kLanes<T>>::type{}));
-  return v;
-}
-template <class T, int step = kLanes<T> / 2>
-SEQATTN_INLINE Vec<T> max_all(Vec<T> v) {
-  if constexpr (step > 0) {
-    const Vec<T> other = exchange<T, step>(v, typename Counted<kLanes<T>>::type{});
-    return max_all<T, step / 2>(other > v ? other : v);
-  }
-  return v;
-}
 
 template <class T>
 SEQATTN_INLINE Vec<T> square_root(Vec<T> v) {
@@ -95,7 +65,7 @@ SEQATTN_INLINE IntVec<T> lane_numbers(Lanes<I...>) {
 template <class T>
 SEQATTN_INLINE IntVec<T> first_lanes(int64_t n) {
   using I = decltype(IntVec<T>{}[0] + 0);
-  return lane_numbers<T>(typename Counted<kLanes<T>>::type{}) < IntVec<T>{} + I(n < kLanes<T> ? n : kLanes<T>);
+  return lane_numbers<T>(AllLanes<T>()) < IntVec<T>{} + I(n < kLanes<T> ? n : kLanes<T>);
 }
 
 template <class T>

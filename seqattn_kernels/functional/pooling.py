@@ -12,7 +12,7 @@ from seqattn_kernels import native, ops, reference
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import Weighting, choose_backend, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import SOFTMAX, Weighting, choose_backend, context_of, weigh, weighting_of
 from seqattn_kernels.reference.attention import attended
 
 
@@ -68,9 +68,10 @@ def _taken_as_given(input: Tensor, mask: Tensor | None, mask_polarity: str, back
     again in Python, to convert it or to say why."""
     return (
         backend is None
-        and input.dtype in WIDE
+        and isinstance(input, Tensor)
         and input.is_cpu
-        and (mask is None or mask_polarity == "attend")
+        and input.dtype in WIDE
+        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
         and native.why_not() is None
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -115,12 +116,22 @@ def pooling_attention(
     Returns:
         pooled [B, D] or [B, R, D], weights [B, S] or [B, R, S].
     """
+    chosen = weighting_of(weighting)
+    plain = chosen is SOFTMAX or chosen == SOFTMAX
+    if plain and _taken_as_given(input, mask, mask_polarity, backend):
+        try:
+            found = ops.pooling.attention(input, weight, bias, v, values, lengths, mask)
+        except (RuntimeError, TypeError, ValueError):
+            pass
+        else:
+            return found[0], found[1] if need_weights else None
     expect_rank("input", input, "[B, S, K]", 3)
     batch, source, width = input.shape
     expect_shape("weight", weight, "[A, K]", {"K": width})
     expect_rank("v", v, "[A] or [R, A]", 1, 2)
     sizes = {"A": weight.shape[0], "B": batch, "S": source}
     expect_shape("v", v, "[A]" if v.dim() == 1 else "[R, A]", sizes)
+    own_values = values
     values = input if values is None else values
     expect_shape("values", values, "[B, S, D]", sizes)
     if bias is not None:
@@ -128,7 +139,13 @@ def pooling_attention(
     expect_floats(input=input, values=values, weight=weight, v=v)
     expect_devices(input, values=values, weight=weight, v=v)
     lengths, mask = resolve(batch, None, source, input.device, lengths, mask, mask_polarity)
-    chosen = weighting_of(weighting)
+    name = choose_backend(input, backend)
+    here = name == "cpu" and _computed_here(input, name, weight, bias, v, own_values)
+    if here and plain and not (mask is not None and mask.requires_grad):
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(input.dtype)
+        found = ops.pooling.attention(input, weight, bias, v, own_values, lengths, mask)
+        return found[0], found[1] if need_weights else None
     clean = attended_keys(input, lengths, mask)
     if v.dim() == 1:
         keys = F.linear(clean, weight)
@@ -148,7 +165,7 @@ def pooling_attention(
         return context.squeeze(1).to(input.dtype), None if weights is None else weights.squeeze(1).to(input.dtype)
     inner = F.linear(clean, weight, bias)
     if choose_backend(inner, backend) == "triton":
-        scores = ops.features.pool_scores(inner, v.to(inner.dtype))
+        scores = ops.pooling.scores_of_rows(inner, v.to(inner.dtype))
     else:
         scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
     weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
 def _register_fakes() -> None:
@@ -97,7 +97,7 @@ class ScoresFunction(torch.autograd.Function):
         *tensors, lengths = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:6]
         if torch.is_grad_enabled():
-            found = _again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, d_scores)
+            found = differentiate_again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, [d_scores])
         else:
             found = torch.ops.seqattn.scores_bwd.default(score_number(ctx.kind), d_scores, *tensors, lengths)
         return (None, *(g if need else None for g, need in zip(found, needs, strict=True)), None)
@@ -118,18 +118,6 @@ def _reference_scores(
     extra = () if features is None else (features, feature_weight)
     scores = reference.attention.SCORES[kind](query, keys, v, *extra)
     return scores if hidden is None else scores.masked_fill(hidden, 0)
-
-
-def _again(compute: Any, inputs: list[Any], needs: Any, gradient: Tensor) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through the reference."""
-    # Views, so that a tensor which is given twice gets the gradient of each place apart.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    wanted = [i for i, need in enumerate(needs) if need]
-    found = torch.autograd.grad(
-        compute(*inputs), [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True
-    )
-    by_input = dict(zip(wanted, found, strict=True))
-    return [by_input.get(i) for i in range(len(inputs))]
 
 
 def scores(
@@ -173,11 +161,11 @@ class NormalizeFunction(torch.autograd.Function):
         scores, lengths, mask, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         if torch.is_grad_enabled():
-            d_scores, d_mask = _again(
+            d_scores, d_mask = differentiate_again(
                 lambda s, m: reference.normalizers.normalize(ctx.kind, s, lengths, m, *ctx.numbers),
                 [scores, mask],
                 needs,
-                d_weights,
+                [d_weights],
             )
         else:
             scale, temperature = ctx.numbers[:2]

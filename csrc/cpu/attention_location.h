@@ -1,0 +1,92 @@
+// Additive scores with a term of features, tanh(q + k + f U), of a few keys at a time: the product with U, the sum with
+// query and key, tanh and the sum over a happen in registers, and nothing of size S * A is stored.
+#pragma once
+
+#include <cstdint>
+
+#include "lanes.h"
+#include "scores/registry.h"
+
+namespace seqattn::SEQATTN_ISA {
+namespace {
+
+// U [F][A] with rows ld_weight apart; the features of one key and the next are ld_features apart.
+template <class T>
+struct FeatureTerm {
+  int64_t A, F;
+  const T* weight;
+  int64_t ld_weight, ld_features;
+};
+
+// Sums k + f U of up to N keys and NV vectors of columns; `left` columns remain from here.
+template <class T, int N, int NV>
+SEQATTN_INLINE void row_sums(const FeatureTerm<T>& term, const T* keys, const T* features, int64_t a, int64_t left,
+                             Vec<T> (&acc)[N][NV]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const T* k = keys + i * term.A + a + j * W;
+      acc[i][j] = NV > 1 ? load(k) : load_partial(k, left);
+    }
+  }
+  for (int64_t f = 0; f < term.F; ++f) {
+    const T* row = term.weight + f * term.ld_weight + a;
+    Vec<T> u[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) u[j] = NV > 1 ? load(row + j * W) : load_partial(row, left);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> x = broadcast(features[i * term.ld_features + f]);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] += x * u[j];
+    }
+  }
+}
+
+template <class T, int N, int NV>
+SEQATTN_INLINE void add_scores(const FeatureTerm<T>& term, const T* query, const T* v, const T* keys, const T* features,
+                               int64_t a, int64_t left, Vec<T> (&sum)[N]) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[N][NV];
+  row_sums<T, N, NV>(term, keys, features, a, left, acc);
+#pragma GCC unroll 2
+  for (int j = 0; j < NV; ++j) {
+    const Vec<T> q = NV > 1 ? load(query + a + j * W) : load_partial(query + a, left);
+    const Vec<T> w = NV > 1 ? load(v + a + j * W) : load_partial(v + a, left);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum[i] += w * Additive::forward<Math<T>>(q, acc[i][j]);
+  }
+}
+
+// Enough sums in registers to hide latencies, no more than there are.
+template <class T>
+inline constexpr int kRows = kRegisters == 32 ? 8 : 4;
+
+template <class T, int N>
+void score_keys(const FeatureTerm<T>& term, const T* query, const T* v, const T* keys, const T* features, T* out) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sum[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) sum[i] = Vec<T>{};
+  int64_t a = 0;
+  for (; a + 2 * W <= term.A; a += 2 * W) {
+    add_scores<T, N, 2>(term, query, v, keys, features, a, 2 * W, sum);
+  }
+  for (; a < term.A; a += W) add_scores<T, N, 1>(term, query, v, keys, features, a, term.A - a, sum);
+  for (int i = 0; i < N; ++i) out[i] = sum_all<T>(sum[i])[0];
+}
+
+template <class T, int N>
+void sum_keys(const FeatureTerm<T>& term, const T* keys, const T* features, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t a = 0; a < term.A; a += W) {
+    Vec<T> acc[N][1];
+    row_sums<T, N, 1>(term, keys, features, a, term.A - a, acc);
+    for (int i = 0; i < N; ++i) store_partial(out + i * term.A + a, acc[i][0], term.A - a);
+  }
+}
+
+}  // namespace
+}  // namespace seqattn::SEQATTN_ISA
