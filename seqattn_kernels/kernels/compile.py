@@ -60,7 +60,7 @@ TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
     "*fp32",
 )
 INTEGERS = {"n_step", "m_step", "mask_b", "mask_t", "splits", "heads", "weights_b", "weights_t", "weights_s"}
-INTEGERS |= {"values_b", "values_s", "values_d"}
+INTEGERS |= {"values_b", "values_s", "values_d", "features_b", "features_t"}
 NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
@@ -158,9 +158,13 @@ def _step_fwd(tile: tiles.StepTile, dtype: str) -> Iterator[Configuration]:
         constants = dict(
             FORWARD=SCORES["additive"].forward, QUICK=SCORES["additive"].quick, ADDED=False,
             S_BLOCK=tile.elements // 512, A_BLOCK=512, D_BLOCK=512, WHOLE=whole, STAGES=tile.stages, mask=None,
+            features=None, feature_weight=None,
         )  # fmt: skip
         name = f"step_fwd {'whole' if whole else 'split'} {tile.elements}, {tile.stages} stages"
         yield Configuration(name, step_fwd_kernel, constants, tile.warps, dtype, tile.elements)
+    scores = constants | dict(QUICK=None, values=None, features_t=0, WHOLE=False)
+    del scores["features"], scores["feature_weight"]
+    yield Configuration("step_fwd scores with features", step_fwd_kernel, scores, tile.warps, dtype)
 
 
 def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:

@@ -95,7 +95,9 @@ def merged_block(
             total += d0 + d1
     if WITH_V:
         acc_v -= 0.5 * total
-    return acc + part if PRECISE else part, acc_v
+    if PRECISE:
+        part += acc
+    return part, acc_v
 
 
 @triton.jit
