@@ -224,6 +224,8 @@ def test_fp32_bad_input():
         additive(query, keys[..., :2], values, v)
     with pytest.raises(ValueError, match=r"lengths: expected device cuda"):
         additive(query, keys, values, v, torch.tensor([1, 2], device="cpu"))
+    with pytest.raises(ValueError, match="keys: expected a tensor on the CPU, got cuda"):
+        ops.attention.pack_keys(keys)
     with pytest.raises(TypeError, match=r"query: expected one of .*, got torch.float64"):
         additive(*(t.double() for t in (query, keys, values, v)))
 

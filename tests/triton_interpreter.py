@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from seqattn_kernels import kernels, reference
-from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, tiles
+from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, step, tiles
 from seqattn_kernels.kernels.exponentials import bits_of, form_of
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, register
@@ -304,7 +304,9 @@ def scores_and_back(kind, tensors, lengths=None):
 
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("T", [1, 4, 6])
-def test_features(T, per_step):
+@pytest.mark.parametrize("widest", [step.STEP_WIDTH, 4])
+def test_features(widest, T, per_step, monkeypatch):
+    monkeypatch.setattr(step, "STEP_WIDTH", widest)
     B, S, A, F = 2, 11, 6, 3
     features = torch.randn(B, T, S, F) if per_step else torch.randn(B, S, F)
     tensors = [torch.randn(B, T, A), torch.randn(B, S, A), torch.randn(A), features, torch.randn(F, A)]
@@ -557,6 +559,8 @@ def test_bad_input():
             call(**arguments)
     with pytest.raises(ValueError, match=r"kind: expected one of .*'additive'.*, got 'none'"):
         kernels.scores_fwd("none", query, keys)
+    with pytest.raises(ValueError, match="keys: expected a tensor on the CPU, got"):
+        kernels.additive_pack(keys)
     with pytest.raises(ValueError, match="feature_weight: expected it together with features"):
         kernels.scores_fwd("additive", query, keys, v, torch.zeros(2, 7, 3))
     with pytest.raises(ValueError, match=r"kind: expected one of .*'softmax'.*, got 'none'"):

@@ -7,6 +7,7 @@ from seqattn_kernels.kernels.features import feature_bwd, feature_fwd
 from seqattn_kernels.kernels.operators import (
     additive_bwd,
     additive_fwd,
+    additive_pack,
     context_fwd,
     normalize_bwd,
     normalize_fwd,
@@ -18,6 +19,7 @@ from seqattn_kernels.kernels.pooling import pool_bwd, pool_fwd
 __all__ = [
     "additive_bwd",
     "additive_fwd",
+    "additive_pack",
     "context_fwd",
     "feature_bwd",
     "feature_fwd",

@@ -46,6 +46,12 @@ def _check_attention(query: Tensor, keys: Tensor, v: Tensor | None, values: Tens
         expect_dtype("values", values, query)
 
 
+def additive_pack(keys: Tensor) -> Tensor:
+    """There is no order of keys that serves better than their own: a step is bound by reading them, and exponentials in
+    float32 would be no less to read; many queries share those that a call computes."""
+    raise ValueError(f"keys: expected a tensor on the CPU, got {keys.device}, where keys are read as they are")
+
+
 def additive_fwd(
     query: Tensor,
     keys: Tensor,
@@ -100,14 +106,17 @@ def scores_fwd(
     score = _score(kind)
     _check_scores(query, keys, v, features, feature_weight)
     masks = masks_of(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
-    if features is not None and features.dim() == 4:
-        assert feature_weight is not None
+    by_step = features is not None and features.dim() == 4
+    if features is not None and query.shape[2] <= step.STEP_WIDTH and (by_step or query.shape[1] <= attention.FEW):
+        scores = step.step_scores(score, query, keys, v, features, feature_weight)
+    elif features is not None and by_step:
         per_step = [
             scores_fwd(kind, query[:, t : t + 1], keys, v, features[:, t], feature_weight, lengths)
             for t in range(query.shape[1])
         ]
         return torch.cat(per_step, 1) if per_step else query.new_empty(query.shape[0], 0, keys.shape[1])
-    scores = _raw_scores(score, query, _with_features(keys, features, feature_weight), v)
+    else:
+        scores = _raw_scores(score, query, _with_features(keys, features, feature_weight), v)
     if masks.lengths is not None:
         past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
         scores.masked_fill_(past.unsqueeze(1), 0)

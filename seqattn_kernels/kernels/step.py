@@ -27,6 +27,10 @@ def step_fwd_kernel(
     keys,  # [B, S, A]
     v,  # [H, A] or None: batch element b has row b % H
     values,  # [B, S, D]; None: only scores are wanted
+    features,  # a term of keys: element (b, t, s, f) at b * features_b + t * features_t + s * F + f; or None
+    feature_weight,  # [F, A]
+    features_b,
+    features_t,
     lengths,  # [B] or None
     mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added; or None
     mask_b,
@@ -39,6 +43,7 @@ def step_fwd_kernel(
     S,
     A,
     D,
+    F,
     SPLIT,  # keys of a split
     heads,
     FORWARD: tl.constexpr,
@@ -82,10 +87,16 @@ def step_fwd_kernel(
         k = tl.load(keys + rows[:, None] * A + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0)
         if values is not None:
             h = tl.load(values + rows[:, None] * D + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        k = k.to(tl.float32)
+        if features is not None:
+            for f in range(0, F):
+                feature = tl.load(features + b * features_b + t * features_t + s * F + f, mask=keep, other=0.0)
+                weight = tl.load(feature_weight + f * A + a, mask=a < A, other=0.0)
+                k += feature.to(tl.float32)[:, None] * weight.to(tl.float32)[None, :]
         if QUICK is None:
-            term = FORWARD(q[None, :], k.to(tl.float32))
+            term = FORWARD(q[None, :], k)
         else:
-            term, _, _ = QUICK(q[None, :], k.to(tl.float32), TARGET)
+            term, _, _ = QUICK(q[None, :], k, TARGET)
         if v is not None:
             weight = tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)
             term = rounded_product(term, weight[None, :], TARGET)
@@ -265,11 +276,19 @@ def step_fwd(
     return context, weights
 
 
-def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
-    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
+def step_scores(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+) -> Tensor:
+    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]; features [B, S, F] or [B, T, S, F]."""
     scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
     if scores.numel():
-        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tiles.STEP[keys.element_size()])
+        tile = tiles.STEP[keys.element_size()]
+        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tile, features, feature_weight)
     return scores
 
 
@@ -284,12 +303,19 @@ def _step(
     context: Tensor | None,
     weights: Tensor | None,
     tile: tiles.StepTile,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
 ) -> Tensor | None:
     """Launches the kernel; returns what is to be joined, or None where one program held all keys of its query."""
     (batch, steps, width), source = query.shape, keys.shape[1]
     depth = 0 if values is None else values.shape[2]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     values = None if values is None else values.contiguous()
+    features_b = features_t = filters = 0
+    if features is not None and feature_weight is not None:
+        features, feature_weight = features.contiguous(), feature_weight.contiguous()
+        filters = features.shape[-1]
+        features_b, features_t = features.stride(0), features.stride(1) if features.dim() == 4 else 0
     a_block, d_block = (triton.next_power_of_2(max(n, 16)) for n in (width, depth))
     block = max(1, min(32, tile.elements // max(a_block, d_block)))
     # With enough queries to fill the GPU, each is left whole; else keys are split, as far as it takes.
@@ -305,6 +331,10 @@ def _step(
             keys,
             v,
             values,
+            features,
+            feature_weight,
+            features_b,
+            features_t,
             masks.lengths,
             masks.mask,
             *masks.strides(),
@@ -316,6 +346,7 @@ def _step(
             source,
             width,
             depth,
+            filters,
             split,
             rows_of(v),
             FORWARD=score.forward,

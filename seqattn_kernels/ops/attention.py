@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
+from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
@@ -32,8 +32,6 @@ def _register_fakes() -> None:
             empty(v.shape),
         )
 
-
-def _register_fake_pack() -> None:
     @torch.library.register_fake("seqattn::additive_pack")
     def _(keys):
         batch, source, width = keys.shape
@@ -43,8 +41,6 @@ def _register_fake_pack() -> None:
 
 if attention_cuda.declared():
     _register_fakes()
-if native.extension is not None:
-    _register_fake_pack()
 
 
 class AdditiveFunction(torch.autograd.Function):
@@ -123,5 +119,5 @@ def additive(
 
 
 def pack_keys(keys: Tensor) -> Tensor:
-    """Keys [B, S, A] as the forward kernel reads them."""
+    """Keys [B, S, A] as the forward kernel on the CPU reads them; on a GPU they are read as they are."""
     return torch.ops.seqattn.additive_pack.default(keys.detach())

@@ -19,6 +19,7 @@ from seqattn_kernels.reference.normalizers import NORMALIZERS
 SCHEMAS = {
     "additive_fwd": "(Tensor query, Tensor keys, Tensor? packed, Tensor values, Tensor v, Tensor? lengths, "
     "Tensor? mask, bool need_weights) -> (Tensor, Tensor)",
+    "additive_pack": "(Tensor keys) -> Tensor",
     "additive_bwd": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
     "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)",
     "scores_fwd": "(int kind, Tensor query, Tensor keys, Tensor? v, Tensor? features, Tensor? feature_weight, "
