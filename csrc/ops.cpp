@@ -92,11 +92,20 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def("beam_grow(Tensor log_probs, Tensor scores, int end) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // All steps of an attentional decoder on a GPU: one layer, additive scores, attending before the update (see
   // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.
-  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights.
+  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights; with
+  // `save`, what backward needs of every unit [B, T, H, kept] and c of every step in float32 [B, T, H], else empty.
   m.def(
       "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
       "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
-      "Tensor? h0, Tensor? c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? h0, Tensor? c0, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The chain in time of its gradients. w_recurrent [G * H + A, H] is W_hh above W_query, `queries` [B, T, A] q of
+  // every step. Results: gradients of x_gates, of what w_recurrent makes of h [B, T, G * H + A], of the contexts, of
+  // the scores (float32 [B, T, S]), of h0 and c0 (empty where these are not given).
+  m.def(
+      "decoder_loop_bwd(int cell, Tensor w_recurrent, Tensor w_context, Tensor v, Tensor keys, Tensor values, "
+      "Tensor? lengths, Tensor? h0, Tensor? c0, Tensor output, Tensor weights, Tensor queries, Tensor saved, "
+      "Tensor cells, Tensor? d_output, Tensor? d_cn, Tensor? d_contexts, Tensor? d_weights) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Scores [B, T, S] by themselves; `kind` is a place in the tables of the reference, of which
   // scores/registry.h has the first. `features` [B, S, F] or [B, T, S, F] with
   // `feature_weight` [F, A] are a term of additive scores beside query and key. 0 past the lengths.

@@ -100,7 +100,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   constexpr int kHSlot = kSlots - kGates, kQueue = Shape::kQueue;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
+  const int warp = warp_index(), split = warp % kSplit;
   const int rank = cluster_rank();
   const int steps = static_cast<int>(args.steps), source = static_cast<int>(args.source);
   const int hidden = static_cast<int>(args.hidden), features = static_cast<int>(args.attention);
@@ -139,7 +139,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
   // Weights: W_hh in registers, the others' fragments in shared memory.
   uint32_t held[kHiddenPairs][kGates][2][4];
-  const int64_t group_unit = static_cast<int64_t>(rank) * Shape::kUnits + group * kGroupUnits;
+  const int64_t group_unit = static_cast<int64_t>(rank) * Shape::kUnits + warp / kSplit * kGroupUnits;
   {
     const bool vectors = hidden % kPiece == 0;
     const T* w_hh = static_cast<const T*>(args.w_hh);
@@ -230,9 +230,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   cluster_sync();
 
   // This lane's unit (and feature of W_query) and column.
-  const int unit = static_cast<int>(group_unit) + g + 8 * (split / 2);
+  const int group = keep(warp) / kSplit;
+  const int unit = rank * Shape::kUnits + group * kGroupUnits + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
-  const int own_piece = static_cast<int>(group_unit / kPiece) + (8 * (split / 2) + g) / kPiece;
   const bool present_column = column < present, live = present_column && unit < hidden;
   const int sequence = static_cast<int>(first) + column;
   const auto state_at = [&] { return static_cast<int64_t>(keep(sequence)) * hidden + unit; };
@@ -272,6 +272,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
   for (int t = 0; t < steps; ++t) {
     const int parity = t & 1;
+    // Zero, which the assembler can't know: what it is added to is found anew at each step, where it would be carried
+    // through the loop in registers that there aren't.
+    const int zero = (steps - 1 - t) >> 31;
     Words4 queue[kQueue];
     SEQATTN_UNROLL
     for (int n = 0; n < kQueue; ++n) queue[n] = load(key_at(n));
@@ -298,8 +301,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           Operand<T>::multiply(sum[i], a, pair);
         }
       }
-      const Shared<float> sent = shared_cast<float>(shared + Shape::kQueryParts) + keep(lane);
-      const int first_of_group = keep(group) * kSplit;
+      const Shared<float> sent = shared_cast<float>(shared + Shape::kQueryParts) + lane + zero;
+      const int first_of_group = (group + zero) * kSplit;
       const auto part_of = [&](int to, int from) {
         return sent + ((first_of_group + to) * (kSplit - 1) + from - 1) * 32;
       };
@@ -319,8 +322,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       // Four features of a column, four lanes apart, in one message.
       own += query_bias;
       const Vec<float, 4> four = gather_four(own, lane, 4);
-      if (g % 4 == 0 && present_column && unit < features) {
-        const int owner = keep(query_owner), query_at = Shape::kQuery + (unit - owner * feature_part) * 4;
+      if (g % 4 == 0 && present_column && unit + zero < features) {
+        const int owner = query_owner + zero, query_at = Shape::kQuery + (unit - owner * feature_part) * 4;
         const Remote<unsigned char> query_peer = map_shared(shared, column * parts + owner);
         store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), four,
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
@@ -347,30 +350,23 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
       // Scores. The queue goes on with the first values, so that they are there when the weights are.
       {
-        float own_query[8], own_energy[8];
-        const int own_column = keep(key_column);
-        SEQATTN_UNROLL
-        for (int i = 0; i < 8; i += 4) {
-          const Vec<float, 4> a = load(shared_cast<Vec<float, 4>>(query + own_column + i));
-          const Vec<float, 4> b = load(shared_cast<Vec<float, 4>>(energy + own_column + i));
-          SEQATTN_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            own_query[i + j] = a[j];
-            own_energy[i + j] = b[j];
-          }
-        }
+        const int own_column = key_column + zero;
         SEQATTN_UNROLL_BY(1)
         for (int n0 = 0; n0 < 4 * key_turns; n0 += kQueue) {
           const bool more = n0 + kQueue < 4 * key_turns;
-          float score[kQueue];
+          float score[kQueue] = {};
           SEQATTN_UNROLL
-          for (int j = 0; j < kQueue; ++j) {
-            score[j] = 0;
+          for (int half = 0; half < 8; half += 4) {
+            const Vec<float, 4> own_query = load(shared_cast<Vec<float, 4>>(query + own_column + half));
+            const Vec<float, 4> own_energy = load(shared_cast<Vec<float, 4>>(energy + own_column + half));
             SEQATTN_UNROLL
-            for (int i = 0; i < 8; ++i) {
-              score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], i));
+            for (int j = 0; j < kQueue; ++j) {
+              SEQATTN_UNROLL
+              for (int i = 0; i < 4; ++i) {
+                score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], half + i));
+              }
+              if (half) queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
             }
-            queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
           }
           SEQATTN_UNROLL_BY(1)
           for (int m = key_lanes / 2; m > 0; m /= 2) {
@@ -395,8 +391,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     }
     float pre[kSlots] = {};  // what doesn't depend on the state: underway while the context comes together
     if (live) {
-      const int at = keep(unit);
-      const T* x = static_cast<const T*>(args.x_gates) + t * args.x_step + keep(sequence) * args.x_batch + at;
+      const int at = unit + zero;
+      const T* x = static_cast<const T*>(args.x_gates) + t * args.x_step + (sequence + zero) * args.x_batch + at;
       const float* bias = static_cast<const float*>(args.bias);
       SEQATTN_UNROLL
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -416,7 +412,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         float score = 0;
         SEQATTN_UNROLL_BY(1)
         for (int p = 0; p < parts; ++p) score += load(scores + p * source_stride + s);
-        if (args.mask != nullptr && !args.mask[static_cast<int64_t>(keep(sequence_served)) * source + s])
+        if (args.mask != nullptr && !args.mask[static_cast<int64_t>(sequence_served + zero) * source + s])
           score = -INFINITY;
         store(total + s, score);
       }
@@ -436,9 +432,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       const auto weight_of = [&](int s) { return FastMath::exp(load(total + s) - shift) * scale; };
 
       if (args.weights != nullptr) {
-        T* row = static_cast<T*>(args.weights) + (static_cast<int64_t>(keep(sequence_served)) * steps + t) * source;
+        T* row = static_cast<T*>(args.weights) + (static_cast<int64_t>(sequence_served + zero) * steps + t) * source;
         SEQATTN_UNROLL_BY(1)
-        for (int s = keep(part) * Shape::kThreads + thread_index(); s < source; s += parts * Shape::kThreads) {
+        for (int s = (part + zero) * Shape::kThreads + thread_index(); s < source; s += parts * Shape::kThreads) {
           row[s] = from_float<T>(s < length ? weight_of(s) : 0.f);
         }
       }
@@ -464,7 +460,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       if (lane < value_lanes) {
         SEQATTN_UNROLL
         for (int i = 0; i < 8; i += 4) {
-          store(shared_cast<Vec<float, 4>>(shares + keep(warp) * 256 + keep(value_column) + i),
+          store(shared_cast<Vec<float, 4>>(shares + (warp + zero) * 256 + (value_column + zero) + i),
                 Vec<float, 4>{{sums[i], sums[i + 1], sums[i + 2], sums[i + 3]}});
         }
       }
@@ -484,12 +480,12 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           const int at = Shape::kContext + piece_place((value_begin + d) / kPiece, column_served) * 16;
           SEQATTN_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const Remote<unsigned char> peer = map_shared(shared, keep(lane) % 8 + 8 * i);
+            const Remote<unsigned char> peer = map_shared(shared, (lane + zero) % 8 + 8 * i);
             store_async(remote_cast<Words4>(peer + at), piece,
                         remote_cast<Barrier>(peer + Shape::kContextCame * sizeof(Barrier)));
           }
           static_cast<T*>(
-              args.contexts)[(static_cast<int64_t>(keep(sequence_served)) * steps + t) * value + value_begin + d] =
+              args.contexts)[(static_cast<int64_t>(sequence_served + zero) * steps + t) * value + value_begin + d] =
               from_float<T>(found);
         }
       }
@@ -497,7 +493,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
     barrier_wait(barriers + Shape::kContextCame, parity);
     if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
-    const Shared<Words4> seen = context + (keep(split) * kValuePairs * 4 + q) * 8 + fragment;
+    const Shared<Words4> seen = context + ((split + zero) * kValuePairs * 4 + q) * 8 + fragment;
     SEQATTN_UNROLL
     for (int p = 0; p < kValuePairs; ++p) {
       const Words4 b = load(seen + p * 32);
@@ -515,8 +511,8 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
     // Accumulator r of all four warps goes to warp r of the group.
     // (Places that are found anew at each step: carried through the loop, they would take registers that there aren't.)
-    const Shared<float> sent = shared_cast<float>(shared + Shape::kParts) + keep(lane);
-    const int first_of_group = keep(group) * kSplit;
+    const Shared<float> sent = shared_cast<float>(shared + Shape::kParts) + lane + zero;
+    const int first_of_group = (group + zero) * kSplit;
     const auto part_of = [&](int to, int from) {
       return sent + ((first_of_group + to) * (kSplit - 1) + from - 1) * kSlots * 32;
     };
@@ -548,18 +544,28 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       const uint32_t word = lane & 4 ? pack<T>(neighbour, h) : pack<T>(h, neighbour);
       const Words4 piece = gather_four(word, lane, 8);
       if (present_column) {
-        const int at = Shape::kState + (1 - parity) * Shape::kStateSize + piece_place(keep(own_piece), column) * 16;
+        const int at =
+            Shape::kState + (1 - parity) * Shape::kStateSize + piece_place((unit + zero) / kPiece, column) * 16;
         const int barrier = (Shape::kStateCame + 1 - parity) * static_cast<int>(sizeof(Barrier));
         SEQATTN_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const Remote<unsigned char> peer = map_shared(shared, keep(g) + 8 * i);
+          const Remote<unsigned char> peer = map_shared(shared, g + zero + 8 * i);
           store_async(remote_cast<Words4>(peer + at), piece, remote_cast<Barrier>(peer + barrier));
         }
       }
     }
-    if (live)
-      static_cast<T*>(args.output)[(static_cast<int64_t>(keep(sequence)) * steps + t) * hidden + unit] =
-          from_float<T>(h);
+    if (live) {
+      const int64_t at = (static_cast<int64_t>(sequence + zero) * steps + t) * hidden + unit;
+      static_cast<T*>(args.output)[at] = from_float<T>(h);
+      if (args.saved != nullptr) {
+        constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell);
+        Vec<T, kKept> values;
+        SEQATTN_UNROLL
+        for (int i = 0; i < kKept; ++i) values[i] = from_float<T>(Cell::kSaved > 0 ? saved[i] : h);
+        store(static_cast<Vec<T, kKept>*>(args.saved) + at, values);
+        if constexpr (Cell::kHasCell) args.cells[at] = c;
+      }
+    }
   }
 
   if (live) {

@@ -103,7 +103,7 @@ def attention_decoder(
 
     Returns:
         DecoderOutput(output, state, weights, contexts). A row that may attend to nothing has zero weights and contexts.
-        Memory for gradients is O(B * T * (H + D + S)) with backend "cpu": scores are computed again.
+        Memory for gradients is O(B * T * (H + D + S)) with "cpu" and "cuda": scores are computed again.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or type; the message names it.
