@@ -40,7 +40,6 @@ doctor: $(VENV)/.package build
 # CUDA sources where nvcc is, Triton kernels where Triton is.
 compile-gpu: $(VENV)/.package
 	$(BIN)/python .ci/compile_gpu.py $(ARGS)
-	$(BIN)/python -m seqattn_kernels.kernels.compile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -28,6 +28,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a build front end leaves it out
+
+from csrc.cuda.units import kernel_units  # noqa: E402
+
 CSRC = ROOT / "csrc"
 CUDA_LIBRARY = "libseqattn_cuda.so"
 
@@ -43,7 +47,7 @@ X86_INSTRUCTION_SETS = {
     "avx2": ["-march=x86-64-v3"],
     "baseline": [],
 }
-CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu")) + sorted((CSRC / "cuda").glob("*.cpp"))
+CUDA_HOST_SOURCES = sorted((CSRC / "cuda").glob("*.cpp"))
 # Clusters need the code of their own architecture; every other GPU runs that of sm_80, or is compiled for from its PTX.
 CUDA_ARCHS = ("80", "90a", "100a")
 # Sources of bfloat16 products are compiled for the processor's own instructions besides.
@@ -204,7 +208,8 @@ def write_cuda(n: Any, nvcc: str, torch_root: Path, target: Path) -> None:
     ]
     n.variable("nvcc", nvcc)
     n.variable("nvccflags", " ".join(flags))
-    n.rule("cuda", "$nvcc $nvccflags -MMD -MF $out.d -c $in -o $out", "compile $out", depfile="$out.d", deps="gcc")
+    command = "$nvcc $nvccflags $definitions -MMD -MF $out.d -c $in -o $out"
+    n.rule("cuda", command, "compile $out", depfile="$out.d", deps="gcc")
     lib = torch_root / "lib"
     # A torch without CUDA has no libtorch_cuda; the library must ask for it nevertheless.
     n.rule("stub", "$cxx -shared -x c++ /dev/null -Wl,-soname,$$(basename $out) -o $out", "stub $out")
@@ -214,9 +219,11 @@ def write_cuda(n: Any, nvcc: str, torch_root: Path, target: Path) -> None:
     link = f"-shared -cudart=static {' '.join(search)} -Xlinker=--no-as-needed -ltorch_cpu -ltorch_cuda -lc10"
     n.rule("link_cuda", f"$nvcc -o $out $in {link}", "link $out")
     objects = []
-    for source in CUDA_SOURCES:
-        rule = "cuda" if source.suffix == ".cu" else "compile"
-        objects += n.build(f"cuda_{source.stem}{source.suffix[1:]}.o", rule, str(source))
+    for unit in kernel_units():
+        variables = {"definitions": " ".join(unit.definitions)}
+        objects += n.build(f"cuda_{unit.name}.cu.o", "cuda", str(unit.source), variables=variables)
+    for source in CUDA_HOST_SOURCES:
+        objects += n.build(f"cuda_{source.stem}.o", "compile", str(source))
     n.build(str(target), "link_cuda", objects, implicit=stubs)
 
 

@@ -1,28 +1,35 @@
-"""Compiles every CUDA source for every supported architecture, without a GPU, and prints what the kernels take.
+"""Compiles every GPU kernel for every supported architecture, without a GPU, and prints what the kernels take.
 
-A table has one line for each kernel and architecture: its template instances, registers of a thread, bytes of static
-shared memory, bytes spilled. A spill fails, since a persistent kernel that spills reads memory at every step.
-Without nvcc it says so and does nothing.
+CUDA sources where nvcc is: a line for each kernel and architecture with its template instances, registers of a thread,
+bytes of static shared memory, bytes spilled. A spill fails, since a persistent kernel that spills reads memory at every
+step. Compilations stay in build/compile-gpu, and those whose sources changed are done anew. Triton kernels, where
+Triton is, by seqattn_kernels.kernels.compile. It says so where either is missing.
 
-    python .ci/compile_gpu.py [--each] [SOURCE...]
+    python .ci/compile_gpu.py [--arch 90a] [--match lstm] [--each] [--only cuda]
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from csrc.cuda.units import Unit, kernel_units  # noqa: E402
+
 ARCHS = ("80", "90a", "100a")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin")
+WORK = ROOT / "build" / "compile-gpu"
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,58 @@ def parse(text: str, arch: str) -> list[Kernel]:
     return [Kernel(name, arch, **numbers) for name, (_, numbers) in zip(names, found, strict=True)]
 
 
-def compile_one(nvcc: str, source: Path, arch: str) -> list[Kernel]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, f"-arch=sm_{arch}", str(source), "-o", str(Path(folder) / "out.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{source.relative_to(ROOT)} for sm_{arch}:\n{done.stderr}{done.stdout}")
-    return parse(done.stderr + done.stdout, arch)
+def write_ninja(nvcc: str, jobs: Sequence[tuple[Unit, str]]) -> None:
+    from ninja import ninja_syntax
+
+    with (WORK / "build.ninja").open("w") as file:
+        n = ninja_syntax.Writer(file)
+        # What ptxas says lies beside the code it belongs to, and comes to the screen where it is an error.
+        command = f"{shlex.join([nvcc, *FLAGS])} $options -MMD -MF $out.d -o $out $in > $out.txt 2>&1"
+        n.rule("compile", f"{command} || {{ cat $out.txt; false; }}", "compile $out", depfile="$out.d", deps="gcc")
+        for unit, arch in jobs:
+            options = shlex.join([*unit.definitions, f"-arch=sm_{arch}"])
+            n.build(output(unit, arch), "compile", str(unit.source), variables={"options": options})
+
+
+def output(unit: Unit, arch: str) -> str:
+    return f"{unit.name}.sm_{arch}.cubin"
+
+
+def compile_cuda(archs: Sequence[str], match: str, each: bool) -> int:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("compile-gpu: no nvcc found (set CUDA_HOME, or install the CUDA toolkit); CUDA sources were NOT compiled")
+        return 0
+    jobs = [(unit, arch) for arch in archs for unit in kernel_units() if match in unit.name]
+    if not jobs:
+        print(f"compile-gpu: no source named *{match}*", file=sys.stderr)
+        return 1
+    WORK.mkdir(parents=True, exist_ok=True)
+    # Its place names its version: another toolkit compiles anew.
+    write_ninja(str(Path(nvcc).resolve()), jobs)
+    ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    # A thread for each processor: ninja would take two more, and each takes up to 1 GiB.
+    command = [*ninja, "--quiet", "-C", str(WORK), "-j", str(len(os.sched_getaffinity(0))), "-k", "0"]
+    if subprocess.run(command).returncode:
+        return 1
+    kernels = []
+    for unit, arch in jobs:
+        kernels += parse((WORK / (output(unit, arch) + ".txt")).read_text(), arch)
+    if not kernels:
+        print("compile-gpu: no kernels in these sources")
+        return 0
+    report(kernels, each)
+    spilled = [k for k in kernels if k.spilled]
+    for kernel in spilled:
+        print(f"SPILL: {kernel.spilled} bytes in {kernel.name} for sm_{kernel.arch}", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+def compile_triton() -> int:
+    if importlib.util.find_spec("triton") is None:
+        print("compile-gpu: no Triton found (pip install triton); Triton kernels were NOT compiled")
+        return 0
+    return subprocess.run([sys.executable, "-m", "seqattn_kernels.kernels.compile"], cwd=ROOT).returncode
 
 
 def report(kernels: list[Kernel], each: bool) -> None:
@@ -102,26 +154,17 @@ def report(kernels: list[Kernel], each: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="all by default")
+    parser.add_argument("--match", default="", help="only CUDA sources whose name holds this")
     parser.add_argument("--each", action="store_true", help="a line for each instance of a template")
-    parser.add_argument("sources", nargs="*", type=Path, help="instead of all of csrc/cuda/*.cu")
-    arguments = parser.parse_args()
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("compile-gpu: no nvcc found (set CUDA_HOME, or install the CUDA toolkit); CUDA sources were NOT compiled")
-        return 0
-    sources = [s.resolve() for s in arguments.sources] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    jobs = [(source, arch) for source in sources for arch in ARCHS]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
-    kernels = [kernel for found in done for kernel in found]
-    if not kernels:
-        print("compile-gpu: no kernels")
-        return 0
-    report(kernels, arguments.each)
-    spilled = [k for k in kernels if k.spilled]
-    for kernel in spilled:
-        print(f"SPILL: {kernel.spilled} bytes in {kernel.name} for sm_{kernel.arch}", file=sys.stderr)
-    return 1 if spilled else 0
+    parser.add_argument("--only", choices=("cuda", "triton"), help="both by default")
+    options = parser.parse_args()
+    codes = []
+    if options.only != "triton":
+        codes.append(compile_cuda(options.arch or ARCHS, options.match, options.each))
+    if options.only != "cuda":
+        codes.append(compile_triton())
+    return max(codes)
 
 
 if __name__ == "__main__":

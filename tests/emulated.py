@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,41 @@ def emulator() -> Any:
     """The module, built where it is not up to date. SEQATTN_EMULATOR names one that is built already."""
     given = os.environ.get("SEQATTN_EMULATOR")
     return emulator_build.load(Path(given) if given else emulator_build.build())
+
+
+@functools.cache
+def kernels() -> dict[int, str]:
+    """Every instance of every CUDA kernel in the module: where it stands, and its name without namespaces."""
+    declared = "".join(p.read_text() for p in (emulator_build.CSRC / "cuda").glob("*.cuh"))
+    names = set(re.findall(r"\bSEQATTN_KERNEL\([^;{]*?\)\n(\w+)\(", declared))
+    listing = subprocess.run(["nm", "-C", emulator().__file__], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for place, name in re.findall(r"^(\w+) [a-zA-Z] (?:void )?seqattn::gpu::(\w+(?:<.*>)?)\([^{\n]*\)$", listing, re.M):
+        if name.split("<")[0] in names:
+            found[int(place, 16)] = re.sub(r"\bseqattn::(gpu::|emulator::)?", "", name).replace("> >", ">>")
+    assert names == {name.split("<")[0] for name in found.values()}, "kernels that are never started, or names unread"
+    return found
+
+
+_ever_launched: set[str] = set()
+
+
+def take_launched() -> set[str]:
+    """Names of the kernels that were started since the last call, but for the emulator's own samples."""
+    names = {name for place in emulator().take_launched() if (name := kernels().get(place))}
+    note_launched(names)
+    return names
+
+
+def note_launched(names: set[str]) -> None:
+    """Those that another process started for a test of this one."""
+    _ever_launched.update(names)
+
+
+def ever_launched() -> set[str]:
+    """Those of all tests so far."""
+    take_launched()
+    return set(_ever_launched)
 
 
 class Memory:

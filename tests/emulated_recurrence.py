@@ -110,9 +110,8 @@ class Layer:
         return [r.detach() for r in present], given, filled
 
 
-def plan_of(layer: Layer, path: str, backward: bool) -> Any:
-    """The plan of a persistent path; why_not says why there is none."""
-    request = {
+def plan_request(layer: Layer, backward: bool) -> dict[str, Any]:
+    return {
         "cell": layer.number,
         "hidden": layer.hidden,
         "batch": layer.batch,
@@ -122,13 +121,26 @@ def plan_of(layer: Layer, path: str, backward: bool) -> Any:
         "backward": backward,
         "projected": layer.projection > 0,
     }
-    return getattr(emulator(), f"plan_{path}")(request, layer.device)
+
+
+def plan_of(layer: Layer, path: str, backward: bool) -> Any:
+    """The plan of a persistent path; why_not says why there is none."""
+    return getattr(emulator(), f"plan_{path}")(plan_request(layer, backward), layer.device)
+
+
+def plans_of_team(layer: Layer, path: str, size: tuple[int, int], tiles: int) -> list[Any]:
+    """Plans of forward and backward that have one team of (units, blocks) do it all; none where there is no such."""
+    requests = [plan_request(layer, backward) for backward in (False, True)]
+    plans = [emulator().plan_of_team(r, path == "cooperative", *size, tiles) for r in requests]
+    return [] if plans[0].why_not else plans
 
 
 class Run:
     """The layer's kernels on emulated memory."""
 
-    def __init__(self, layer: Layer, path: str, *, seed: int = 0, at_end: bool = True) -> None:
+    def __init__(
+        self, layer: Layer, path: str, *, seed: int = 0, at_end: bool = True, plans: list[Any] | None = None
+    ) -> None:
         self.layer, self.path = layer, path
         self.m = Memory(at_end)
         self.number = DTYPE_NUMBERS[layer.dtype]
@@ -160,7 +172,7 @@ class Run:
             "ld_cell": o.directions * o.hidden,
         }
         if path != "stepwise":
-            self.plans = [plan_of(layer, path, backward) for backward in (False, True)]
+            self.plans = plans or [plan_of(layer, path, backward) for backward in (False, True)]
             for plan in self.plans:
                 assert plan.why_not == "", plan.why_not
 

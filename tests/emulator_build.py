@@ -10,16 +10,18 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from csrc.cuda.units import Unit, kernel_units
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def sources() -> list[Path]:
-    """The emulator, and the sources of kernels and plans as nvcc gets them; device.cu alone speaks to CUDA itself."""
-    cuda = CSRC / "cuda"
-    kernels = [p for p in sorted(cuda.glob("*.cu")) if p.name != "device.cu"]
-    return [*sorted((CSRC / "emulator").glob("*.cpp")), *sorted(cuda.glob("plan*.cpp")), *kernels]
+def units() -> list[Unit]:
+    """The emulator, and the kernels and plans as nvcc gets them; device.cu alone speaks to CUDA itself."""
+    plain = [*sorted((CSRC / "emulator").glob("*.cpp")), *sorted((CSRC / "cuda").glob("plan*.cpp"))]
+    kernels = [unit for unit in kernel_units() if unit.name != "device"]
+    return [*(Unit(s, f"{s.parent.name}_{s.stem}") for s in plain), *kernels]
 
 
 def compiler() -> str | None:
@@ -41,18 +43,18 @@ def build(sanitize: bool = False) -> Path:
         n = ninja_syntax.Writer(file)
         n.rule(
             "compile",
-            f"{compiler()} {' '.join(flags)} $optimize -MMD -MF $out.d -x c++ -c $in -o $out",
+            f"{compiler()} {' '.join(flags)} $options -MMD -MF $out.d -x c++ -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="compile $out",
         )
         n.rule("link", f"{compiler()} {' '.join(SANITIZERS if sanitize else [])} -shared -o $out $in -ldl")
         objects = []
-        for s in sources():
+        for unit in units():
             # Kernels are large and run for a moment; the emulator under them is small and runs for long.
-            optimize = "-O2" if s.suffix == ".cpp" else "-Og -Wno-maybe-uninitialized"
-            optimize = "-O0" if sanitize else optimize
-            objects += n.build(f"{s.parent.name}_{s.name}.o", "compile", str(s), variables={"optimize": optimize})
+            optimize = "-O2" if unit.source.suffix == ".cpp" else "-Og -Wno-maybe-uninitialized"
+            options = ["-O0" if sanitize else optimize, *unit.definitions]
+            objects += n.build(f"{unit.name}.o", "compile", str(unit.source), variables={"options": " ".join(options)})
         n.build(str(target), "link", objects)
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     done = subprocess.run([*ninja, "-C", str(work)], capture_output=True, text=True)

@@ -15,8 +15,8 @@ from tests.emulator_build import CSRC, ROOT
 
 def _kernel_objects(folder: Path) -> list[str]:
     """What emulator_build compiled, but for its Python module."""
-    parts = [s for s in emulator_build.sources() if '"bindings.h"' not in s.read_text()]
-    return [str(folder / f"{s.parent.name}_{s.name}.o") for s in parts]
+    parts = [unit for unit in emulator_build.units() if '"bindings.h"' not in unit.source.read_text()]
+    return [str(folder / f"{unit.name}.o") for unit in parts]
 
 
 def build() -> Path:

@@ -28,6 +28,20 @@ constexpr CellSize cell_size() {
   return {Cell::kGates, Cell::kSlots, kept(Cell::kSaved, Cell::kHasCell), Cell::kHasCell};
 }
 
+// What forward and backward kernels of one cell, element type and team have in common.
+template <class Cell_, class T_, int kPadded_, int kBlocks_, int kColumnTiles_, bool kGrid_>
+struct PersistentShape {
+  using Cell = Cell_;
+  using T = T_;
+  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded_, kBlocks_, kColumnTiles_, kGrid_};
+  static constexpr bool kGrid = kGrid_;
+  static constexpr int kPadded = kPadded_, kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
+  static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
+  static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
+  static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = kShape.piece();
+  static constexpr int kBarriers = 0;  // of shared memory, in bytes
+};
+
 // T with the mma of its type.
 template <class T>
 struct Operand {
@@ -95,6 +109,25 @@ SEQATTN_DEVICE Words4 load_piece(const T* matrix, int64_t row, int64_t rows, int
         const float high = to_float(from[2 * i + 1 < row_size - k ? 2 * i + 1 : 0]);
         words[i] = pack<T>(k + 2 * i < row_size ? low : 0.f, k + 2 * i + 1 < row_size ? high : 0.f);
       }
+    }
+  }
+  return words;
+}
+
+// kPiece values down a column, `row` apart; zeros past `units`.
+template <class T>
+SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
+  constexpr int kPiece = Operand<T>::kPiece;
+  float values[kPiece];
+  SEQATTN_UNROLL
+  for (int i = 0; i < kPiece; ++i) values[i] = i < units ? to_float(from[i * row]) : 0.f;
+  Words4 words;
+  SEQATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = float_bits(values[i]);
+    } else {
+      words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
     }
   }
   return words;
@@ -185,6 +218,79 @@ struct Layout {
   uint32_t* counters;  // grid: [directions][teams][tiles], zero
   Words4* exchange;    // grid: [directions][teams][Shape::kExchangeWords]
 };
+
+// Where a thread stands: its lane, row g and quarter q of an mma tile; its warp, `split` of the group that multiplies
+// for the same units; its block's rank in the team; the team; the direction.
+struct Standing {
+  int lane, g, q, warp, group, split, rank, team, direction;
+};
+template <class Shape>
+SEQATTN_DEVICE Standing standing() {
+  const int lane = lane_index(), warp = warp_index(), block = block_index();
+  return {lane,
+          lane / 4,
+          lane % 4,
+          warp,
+          warp / kSplit,
+          warp % kSplit,
+          block % Shape::kBlocks,
+          block / Shape::kBlocks,
+          static_cast<int>(block_index_y())};
+}
+
+// The sequences of a team and where their rows are. `roomy`: there are registers to keep all of it in.
+struct Sequences {
+  int steps, batch, hidden, out_step, out_batch, ld_output;  // ld_output in bytes
+  int columns, first;                                        // of a tile; sequence of column 0
+  const int64_t *offsets, *lengths;
+  bool packed;
+
+  template <class Shape, bool kRoomy, class Args>
+  SEQATTN_DEVICE static Sequences of(const Args& args, const Layout& layout, int team, Shared<unsigned char> shared) {
+    const auto address = reinterpret_cast<uintptr_t>(args.rows.offsets);
+    int numbers[] = {static_cast<int>(args.rows.steps),
+                     static_cast<int>(args.rows.batch),
+                     static_cast<int>(args.hidden),
+                     static_cast<int>(args.rows.out_step),
+                     static_cast<int>(args.ld_output) * static_cast<int>(sizeof(typename Shape::T)),
+                     static_cast<int>(address & 0xffffffff),
+                     static_cast<int>(address >> 32)};
+    if constexpr (kRoomy) hold(shared_cast<int>(shared + TeamShape::kNumbers), numbers);
+    Sequences found;
+    found.steps = numbers[0], found.batch = numbers[1], found.hidden = numbers[2], found.out_step = numbers[3];
+    found.ld_output = numbers[4];
+    found.offsets = reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(static_cast<uint32_t>(numbers[6])) << 32 |
+                                                     static_cast<uint32_t>(numbers[5]));
+    found.packed = found.offsets != nullptr;
+    found.lengths = args.rows.lengths;
+    found.out_batch = static_cast<int>(args.rows.out_batch);
+    found.columns = layout.columns;
+    found.first = layout.first + team * (layout.columns * Shape::kColumnTiles);
+    return found;
+  }
+
+  // Sequences of a tile; none where it is 0 or less.
+  SEQATTN_DEVICE int present(int tile) const {
+    const int rest = batch - (first + tile * columns);
+    return rest < columns ? rest : columns;
+  }
+  // Steps of a sequence, whatever its length is said to be.
+  SEQATTN_DEVICE int length(int sequence) const {
+    const int given = lengths != nullptr ? static_cast<int>(lengths[sequence]) : steps;
+    const int most = given < steps ? given : steps;
+    return most < 0 ? 0 : most;
+  }
+  // Step t of a sequence, in rows of the internal arrays and of the caller's.
+  SEQATTN_DEVICE int row(int t, int sequence) const {
+    return (packed ? static_cast<int>(offsets[t]) : t * batch) + sequence;
+  }
+  SEQATTN_DEVICE int out_row(int t, int sequence) const {
+    return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
+  }
+};
+
+// Whether a sequence has step t.
+SEQATTN_DEVICE bool runs(int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); }
 
 // Where column `column` (0 to 7) of piece `piece` stands among the pieces, in units of 16 bytes.
 SEQATTN_DEVICE int piece_place(int piece, int column) {

@@ -14,25 +14,19 @@
 #pragma once
 
 #include "persistent.cuh"
+#include "persistent_values.cuh"
 
 namespace seqattn::gpu {
 
-template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
-struct PersistentBackward {
-  using Cell = Cell_;
-  using T = T_;
-  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
-  static constexpr bool kGrid = kGrid_;
-  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
-  static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
-  static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
+template <class Cell, class T, int kPadded, int kBlocks, int kColumnTiles, bool kGrid>
+struct PersistentBackward : PersistentShape<Cell, T, kPadded, kBlocks, kColumnTiles, kGrid> {
+  using Common = PersistentShape<Cell, T, kPadded, kBlocks, kColumnTiles, kGrid>;
+  using Common::kGates, Common::kPiece, Common::kShape, Common::kSlots;
   static constexpr int kPairs = kShape.backward_pairs(), kHeld = kShape.backward_held();
-  static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kPiece = Operand<T>::kPiece;
   static constexpr int kRowTiles = kShape.row_tiles(), kPlane = kShape.plane(), kPieces = kShape.gate_pieces();
 
   // Shared memory, in bytes: barriers; a cluster's parts [2][tile][block][group]; pieces [2][tile]; values
   // [2][tile][warp][piece][2 columns]; weights.
-  static constexpr int kBarriers = 0;
   static constexpr int kParts = TeamShape::kBarrierBytes, kPartsSize = kShape.part_bytes();
   static constexpr int kSharedBytes = kShape.backward_shared_bytes();
   static constexpr int kWeights = kSharedBytes - kShape.backward_weight_bytes();
@@ -49,25 +43,6 @@ struct PersistentBackward {
   // Accumulators are as many independent chains.
   static constexpr int kChains = kRowTiles == 1 ? 2 : 1;
 };
-
-// kPiece values down a column, `row` apart; zeros past `units`.
-template <class T>
-SEQATTN_DEVICE Words4 load_piece_transposed(const T* from, int units, int row) {
-  constexpr int kPiece = Operand<T>::kPiece;
-  float values[kPiece];
-  SEQATTN_UNROLL
-  for (int i = 0; i < kPiece; ++i) values[i] = i < units ? to_float(from[i * row]) : 0.f;
-  Words4 words;
-  SEQATTN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      words[i] = float_bits(values[i]);
-    } else {
-      words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-    }
-  }
-  return words;
-}
 
 // What a lane keeps of its unit and its column of a tile from step to step.
 struct BackwardLane {
@@ -90,25 +65,11 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   constexpr bool kGrid = Shape::kGrid;
   constexpr bool kRoomy = Shape::kGroups <= 2 && kBytes == 2 && !kGrid;  // registers for more than the least
 
-  const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
-  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
+  const auto [lane, g, q, warp, group, split, rank, team, direction] = standing<Shape>();
   const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
-  const auto address = reinterpret_cast<uintptr_t>(args.rows.offsets);
-  int numbers[] = {static_cast<int>(args.rows.steps),
-                   static_cast<int>(args.rows.batch),
-                   static_cast<int>(args.hidden),
-                   static_cast<int>(args.rows.out_step),
-                   static_cast<int>(args.ld_output) * kBytes,
-                   static_cast<int>(address & 0xffffffff),
-                   static_cast<int>(address >> 32)};
-  if constexpr (kRoomy) hold(shared_cast<int>(shared + TeamShape::kNumbers), numbers);
-  const int steps = numbers[0], batch = numbers[1], hidden = numbers[2], out_step = numbers[3];
-  const int ld_output = numbers[4];
-  const int64_t* offsets = reinterpret_cast<const int64_t*>(
-      static_cast<uintptr_t>(static_cast<uint32_t>(numbers[6])) << 32 | static_cast<uint32_t>(numbers[5]));
-  const bool packed = offsets != nullptr;
-  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
+  const Sequences sequences = Sequences::of<Shape, kRoomy>(args, layout, team, shared);
+  const int steps = sequences.steps, batch = sequences.batch, hidden = sequences.hidden, columns = sequences.columns,
+            first = sequences.first;
   // Time runs against forward's.
   const int back = direction == 1 ? 1 : -1, start = direction == 1 ? 0 : steps - 1;
 
@@ -122,12 +83,8 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       reinterpret_cast<float*>(layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords);
   constexpr int kTileBytes = Shape::kGatePiecesSize / kTiles;
 
-  // Sequences of a tile, and the bytes of parts that come for them: columns travel in pairs.
-  const auto present_of = [&](int tile) {
-    const int rest = batch - (first + tile * columns);
-    return rest < columns ? rest : columns;
-  };
-  const auto expected = [&](int tile) { return kBlocks * kGroups * 128 * ((present_of(tile) + 1) / 2); };
+  // Bytes of parts that come for the sequences of a tile: columns travel in pairs.
+  const auto expected = [&](int tile) { return kBlocks * kGroups * 128 * ((sequences.present(tile) + 1) / 2); };
 
   // W_hh transposed: rows m of kRowTiles tiles, columns the gates of this block's units.
   uint32_t held[kHeld ? kHeld : 1][kRowTiles][2][4];
@@ -151,7 +108,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     for (int i = 0; i < 2 * kTiles; ++i) {
-      if (steps > i % 2 && present_of(i / 2) > 0) barrier_arrive_expect(barriers + i, expected(i / 2));
+      if (steps > i % 2 && sequences.present(i / 2) > 0) barrier_arrive_expect(barriers + i, expected(i / 2));
     }
   }
   if constexpr (kGrid) {
@@ -165,64 +122,28 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int unit = rank * Shape::kUnits + local_unit;
   const int column = 2 * split + lane % 2;
   const int ld_cell = static_cast<int>(args.ld_cell) * kBytes;
-  const int out_batch = static_cast<int>(args.rows.out_batch);
   const bool has_d_output = args.d_output != nullptr, has_d_cells = Cell::kHasCell && args.d_cell_rows != nullptr;
   const int direction_row = direction * static_cast<int>(args.rows.rows);
 
   const auto sequence_of = [&](int tile) {
     return (kGroups > 2 || kBytes == 4 ? keep(first) : first) + tile * columns + column;
   };
-  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
-  // Step t of a sequence, in rows of the internal arrays and of the caller's.
-  const auto row_of = [&](int t, int sequence) {
-    return (packed ? static_cast<int>(offsets[t]) : t * batch) + sequence;
-  };
-  const auto out_row_of = [&](int t, int sequence) {
-    return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
-  };
 
-  // Pieces of values this lane fetches, for its own column. Step t is `step` * t (or offsets[t]) bytes from `from`,
-  // each further sequence `sequence` bytes; `traits` has 1 for a piece of the step before (in forward's time), 2 for an
-  // aligned one, and 4 times one more than the bytes to the end of a row, at most 16; 0 for none.
   constexpr TeamShape kTeam = Shape::kShape;
   constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
-  struct Piece {
-    const unsigned char* from;
-    int step, sequence, traits;
-  } fetched[kFetches];
+  ValuePiece fetched[kFetches];
   SEQATTN_UNROLL
-  for (int i = 0; i < kFetches; ++i) {
-    constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
-    const int k = lane / 2 + 16 * i, group_unit = rank * Shape::kUnits + group * kGroupUnits;
-    const bool is_h = k >= kH && k < kC, is_c = k >= kC && k < kD, is_d = k >= kD;
-    const void* base = is_h ? args.h_prev : is_c ? args.cells : is_d ? args.d_output : args.saved;
-    const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;
-    const int at = (k - (is_h ? kH : is_c ? kC : is_d ? kD : 0)) * 16;
-    const int row_bytes = is_d ? ld_output : hidden * unit_bytes;
-    const int sequence_rows = is_d && !packed ? out_batch : 1;
-    const int step_rows = packed ? 1 : is_d ? out_step : batch;
-    const int left = (hidden - group_unit) * unit_bytes - at;
-    const int64_t begin = is_d ? direction * hidden : static_cast<int64_t>(direction_row) * hidden;
-    Piece& own = fetched[i];
-    own.from = static_cast<const unsigned char*>(base) + (begin + group_unit) * unit_bytes + at +
-               static_cast<int64_t>(first + column) * sequence_rows * row_bytes;
-    own.step = step_rows * row_bytes;
-    own.sequence = sequence_rows * row_bytes;
-    const bool aligned =
-        own.step % 16 == 0 && own.sequence % 16 == 0 && reinterpret_cast<uintptr_t>(own.from) % 16 == 0;
-    own.traits = (is_c ? 1 : 0) + (aligned ? 2 : 0) + 4 * (1 + (left < 0 ? 0 : left < 16 ? left : 16));
-    if (k >= kValuePieces || base == nullptr) own.traits = 0;
-  }
+  for (int i = 0; i < kFetches; ++i) fetched[i] = value_piece<Shape>(args, sequences, column, i);
   BackwardLane lanes[kTiles];
   constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
   const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);
   const auto fetch = [&](int turn, int t) {
     SEQATTN_UNROLL
     for (int i = 0; i < kFetches; ++i) {
-      const Piece& own = fetched[i];
+      const ValuePiece& own = fetched[i];
       const int its_t = own.traits & 1 ? t + back : t, tile = turn % kTiles;
       if (own.traits >= 4 && runs(its_t, lanes[tile].length)) {
-        const int64_t step = packed ? static_cast<int>(offsets[its_t]) : its_t;
+        const int64_t step = sequences.packed ? static_cast<int>(sequences.offsets[its_t]) : its_t;
         copy_piece<Bits>(values + turn * kTurnValues + (lane + 32 * i) * 16,
                          own.from + step * own.step + static_cast<int64_t>(tile * columns) * own.sequence,
                          own.traits / 4 - 1, own.traits & 2);
@@ -244,18 +165,15 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     BackwardLane& own = lanes[tile];
-    own.present = column < present_of(tile);
+    own.present = column < sequences.present(tile);
     own.live = own.present && unit < hidden;
-    own.length = 0;
-    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[sequence_of(tile)]) : steps;
-    own.length = own.length < steps ? own.length : steps;
-    if (own.length < 0) own.length = 0;
+    own.length = own.present ? sequences.length(sequence_of(tile)) : 0;
     own.dh = initial(args.d_hn, tile);
     own.dc = Cell::kHasCell ? initial(args.d_cn, tile) : 0.f;
     own.c_new = 0;
     if (Cell::kHasCell && own.live && runs(start, own.length)) {
       own.c_new = load(static_cast<const float*>(args.cells) +
-                       (static_cast<int64_t>(row_of(start, sequence_of(tile)) + direction_row) * hidden + unit));
+                       (static_cast<int64_t>(sequences.row(start, sequence_of(tile)) + direction_row) * hidden + unit));
     }
   }
   SEQATTN_UNROLL
@@ -280,6 +198,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   const int part_place = group * 128 + split * 32 + lane;
   const int operand_place = q * 8 + ((4 * (g % 2) + g / 2) ^ q);
 
+  // Of a grid's parts four times as many are on their way at once: of many blocks' fewer, whose weights leave less
+  // room.
+  [[maybe_unused]] constexpr int kRounds = kBlocks > 32 || (kBlocks == 32 && kTiles > 1) ? 4 : 8;
   const auto add_parts = [&](int e, int parity, int tile) {  // of iteration e, to dh
     if constexpr (kGrid) {
       grid_wait(layout.counters + meeting + tile, static_cast<uint32_t>(e + 1) * kBlocks);
@@ -288,12 +209,12 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       barrier_wait(barrier, static_cast<uint32_t>(e) / 2 % 2);
       if (thread_index() == 0 && e + 2 < steps) barrier_arrive_expect(barrier, expected(tile));
     }
-    if (2 * split < present_of(tile)) {
+    if (2 * split < sequences.present(tile)) {
       float sums[4] = {lanes[tile].dh, 0, 0, 0};
       if constexpr (kGrid) {
         const float* from =
             exchange + (static_cast<int64_t>(parity * kTiles + tile) * kBlocks + rank) * kTileFloats + part_place;
-        SEQATTN_UNROLL_BY(8)
+        SEQATTN_UNROLL_BY(kRounds)
         for (int block = 0; block < kBlocks; block += 4) {
           SEQATTN_UNROLL
           for (int i = 0; i < 4; ++i) sums[i] += load_coherent(from + (block + i) * (kGroups * 128));
@@ -316,7 +237,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
     SEQATTN_UNROLL_BY(kWrittenOut)
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, e = even + parity, t = start + e * back;
-      if (e >= steps || (tile > 0 && present_of(tile) <= 0)) {
+      if (e >= steps || (tile > 0 && sequences.present(tile) <= 0)) {
         cp_async_commit();  // one group for each turn
         continue;
       }
@@ -326,7 +247,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
       cp_async_wait<2 * kTiles - 1>();
       warp_sync();
       const Shared<unsigned char> now = pieces + (parity * Shape::kGatePiecesSize + tile * kTileBytes);
-      if (2 * split < present_of(tile)) {
+      if (2 * split < sequences.present(tile)) {
         float d_pre[kSlots];
         SEQATTN_UNROLL
         for (int slot = 0; slot < kSlots; ++slot) d_pre[slot] = 0;
@@ -350,7 +271,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
             dh_new += to_float(load(shared_cast<T>(value_at(turn, kValuePieces - kBytes, kBytes))));
           }
           if (has_d_cells && own.live) {  // rare: not worth room to fetch it early
-            const int out = out_row_of(t, sequence_of(tile));
+            const int out = sequences.out_row(t, sequence_of(tile));
             dc_new += to_float(
                 load(row_at(static_cast<const T*>(args.d_cell_rows) + (direction * hidden + unit), out, ld_cell)));
           }
@@ -407,7 +328,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
             }
           }
         }
-        if (2 * q < present_of(tile)) {
+        if (2 * q < sequences.present(tile)) {
           SEQATTN_UNROLL
           for (int m = 0; m < kAtOnce && from + m < kRowTiles; ++m) {
             Vec<float, 4> part;
@@ -439,8 +360,9 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
         const int index = thread_index() + i * Shape::kThreads;
         const int piece = index % (kSlots * kPlane), at_column = index / (kSlots * kPlane);
         const int b = first + tile * columns + at_column, from_unit = rank * Shape::kUnits + piece % kPlane * kPiece;
-        if (at_column < present_of(tile) && from_unit < hidden && (!packed || t < args.rows.lengths[b])) {
-          const int to_row = row_of(t, b);
+        if (at_column < sequences.present(tile) && from_unit < hidden &&
+            (!sequences.packed || t < args.rows.lengths[b])) {
+          const int to_row = sequences.row(t, b);
           T* to = row_at(static_cast<T*>(args.d_gates), to_row + direction_row, gates_row) +
                   (Shape::slot(piece / kPlane) * hidden + from_unit);
           const Shared<unsigned char> from = now + piece_place(piece, at_column) * 16;
@@ -460,7 +382,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
 
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile > 0 && present_of(tile) <= 0) continue;
+    if (tile > 0 && sequences.present(tile) <= 0) continue;
     if (steps > 0) add_parts(steps - 1, (steps - 1) % 2, tile);
     const BackwardLane& own = lanes[tile];
     if (own.live) {

@@ -14,23 +14,15 @@
 
 namespace seqattn::gpu {
 
-template <class Cell_, class T_, int kPadded, int kBlocks_, int kColumnTiles_, bool kGrid_>
-struct PersistentForward {
-  using Cell = Cell_;
-  using T = T_;
-  static constexpr TeamShape kShape{cell_size<Cell>(), sizeof(T), kPadded, kBlocks_, kColumnTiles_, kGrid_};
-  static constexpr bool kGrid = kGrid_;
-  static constexpr int kBlocks = kBlocks_, kColumnTiles = kColumnTiles_;
-  static constexpr int kGroups = kShape.groups(), kUnits = kShape.units();
-  static constexpr int kWarps = kShape.warps(), kThreads = kShape.threads();
-  static constexpr int kPairs = kShape.forward_pairs(), kHeld = kShape.forward_held();
-  static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
-  static constexpr int kPiece = Operand<T>::kPiece, kPieces = kPadded / kPiece;
+template <class Cell, class T, int kPadded, int kBlocks, int kColumnTiles, bool kGrid>
+struct PersistentForward : PersistentShape<Cell, T, kPadded, kBlocks, kColumnTiles, kGrid> {
+  using Common = PersistentShape<Cell, T, kPadded, kBlocks, kColumnTiles, kGrid>;
+  using Common::kGates, Common::kPiece, Common::kShape, Common::kSlots;
+  static constexpr int kPairs = kShape.forward_pairs(), kHeld = kShape.forward_held(), kPieces = kPadded / kPiece;
 
   // Shared memory, in bytes: barriers; state [2 or 1][tile]; parts [2 or 1]; x gates
   // [2][tile][warp][gate][4 columns][8 units]; new h [warp][4 columns][8 units]; bias [slot][unit];
   // weights.
-  static constexpr int kBarriers = 0;
   static constexpr int kState = TeamShape::kBarrierBytes, kStateSize = kShape.state_bytes();
   static constexpr int kParts = kState + kShape.state_buffers() * kStateSize, kPartsSize = kShape.split_bytes();
   static constexpr int kSharedBytes = kShape.forward_shared_bytes();
@@ -66,25 +58,11 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   constexpr bool kRoomy = Shape::kGroups <= 2 && !kGrid;  // registers for more than the least
   using Bits = std::conditional_t<kBytes == 2, uint16_t, uint32_t>;
 
-  const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
-  const int rank = block_index() % kBlocks, team = block_index() / kBlocks, direction = block_index_y();
+  const auto [lane, g, q, warp, group, split, rank, team, direction] = standing<Shape>();
   const Shared<unsigned char> shared = dynamic_shared<unsigned char>();
-  const auto address = reinterpret_cast<uintptr_t>(args.rows.offsets);
-  int numbers[] = {static_cast<int>(args.rows.steps),
-                   static_cast<int>(args.rows.batch),
-                   static_cast<int>(args.hidden),
-                   static_cast<int>(args.rows.out_step),
-                   static_cast<int>(args.ld_output) * kBytes,
-                   static_cast<int>(address & 0xffffffff),
-                   static_cast<int>(address >> 32)};
-  if constexpr (kRoomy) hold(shared_cast<int>(shared + TeamShape::kNumbers), numbers);
-  const int steps = numbers[0], batch = numbers[1], hidden = numbers[2], out_step = numbers[3];
-  const int ld_output = numbers[4];
-  const int64_t* offsets = reinterpret_cast<const int64_t*>(
-      static_cast<uintptr_t>(static_cast<uint32_t>(numbers[6])) << 32 | static_cast<uint32_t>(numbers[5]));
-  const bool packed = offsets != nullptr;
-  const int columns = layout.columns, first = layout.first + team * (columns * kTiles);  // sequence of column 0
+  const Sequences sequences = Sequences::of<Shape, kRoomy>(args, layout, team, shared);
+  const int steps = sequences.steps, batch = sequences.batch, hidden = sequences.hidden, columns = sequences.columns,
+            first = sequences.first;
   const int forth = direction == 1 ? -1 : 1, start = direction == 1 ? steps - 1 : 0;
 
   const Shared<Barrier> barriers = shared_cast<Barrier>(shared + Shape::kBarriers);
@@ -95,12 +73,6 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   constexpr int kStateWords = kGrid ? 0 : Shape::kStateSize / 16, kPartsFloats = kGrid ? 0 : Shape::kPartsSize / 4;
   const int meeting = (direction * (grid_size() / kBlocks) + team) * kTiles;  // of the counters
   Words4* exchange = layout.exchange + static_cast<int64_t>(meeting / kTiles) * Shape::kExchangeWords;
-
-  // Sequences of a tile.
-  const auto present_of = [&](int tile) {
-    const int rest = batch - (first + tile * columns);
-    return rest < columns ? rest : columns;
-  };
 
   // W_hh: rows g and g + 8 of the group, a quarter of the columns.
   uint32_t held[kHeld ? kHeld : 1][kGates][2][4];
@@ -121,7 +93,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   for (int i = thread_index(); i < kTiles * kPieces * 8; i += Shape::kThreads) {
     const int tile = i / (kPieces * 8), piece = i / 8 % kPieces, column = i % 8;
     Words4 words{};
-    if (h0 != nullptr && column < present_of(tile)) {
+    if (h0 != nullptr && column < sequences.present(tile)) {
       words = load_piece(h0 + static_cast<int64_t>(direction) * batch * hidden, first + tile * columns + column, batch,
                          piece * kPiece, hidden, false);
       SEQATTN_UNROLL
@@ -137,8 +109,8 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
     for (int i = 0; i < 2 * kTiles; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     for (int i = 0; i < 2 * kTiles; ++i) {
-      if (steps > 2 - i % 2 && present_of(i / 2) > 0) {
-        barrier_arrive_expect(barriers + i, kPieces * 16 * present_of(i / 2));
+      if (steps > 2 - i % 2 && sequences.present(i / 2) > 0) {
+        barrier_arrive_expect(barriers + i, kPieces * 16 * sequences.present(i / 2));
       }
     }
   }
@@ -151,15 +123,6 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   const int unit = group_unit + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
   const int gate_row = kGates * hidden * kBytes, state_row = hidden * kBytes;
-  const int out_batch = static_cast<int>(args.rows.out_batch);
-  const auto runs = [](int t, int length) { return static_cast<unsigned>(t) < static_cast<unsigned>(length); };
-  // Step t of a sequence, in rows of the internal arrays and of the caller's.
-  const auto row_of = [&](int t, int sequence) {
-    return (packed ? static_cast<int>(offsets[t]) : t * batch) + sequence;
-  };
-  const auto out_row_of = [&](int t, int sequence) {
-    return packed ? static_cast<int>(offsets[t]) + sequence : t * out_step + sequence * out_batch;
-  };
   // Fetches x gates of step t for this lane's column: each lane a piece of a gate's 8 units.
   constexpr int kUnitPieces = 8 / kPiece;
   const int x_gate = g / kUnitPieces, x_unit = group_unit + 8 * (split / 2) + g % kUnitPieces * kPiece;
@@ -173,7 +136,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
     const ForwardLane& own = lanes[turn % kTiles];
     if (x_gate < kGates && runs(t, own.length)) {
       copy_piece<Bits>(x_to + turn * (Shape::kWarps * kGates * 32 * kBytes),
-                       row_at(x_from, row_of(t, own.sequence), gate_row), (hidden - x_unit) * kBytes, x_aligned);
+                       row_at(x_from, sequences.row(t, own.sequence), gate_row), (hidden - x_unit) * kBytes, x_aligned);
     }
     cp_async_commit();
   };
@@ -192,13 +155,10 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
   SEQATTN_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     ForwardLane& own = lanes[tile];
-    own.present = column < present_of(tile);
+    own.present = column < sequences.present(tile);
     own.live = own.present && unit < hidden;
     own.sequence = first + tile * columns + column;
-    own.length = 0;
-    if (own.present) own.length = args.rows.lengths ? static_cast<int>(args.rows.lengths[own.sequence]) : steps;
-    own.length = own.length < steps ? own.length : steps;
-    if (own.length < 0) own.length = 0;
+    own.length = own.present ? sequences.length(own.sequence) : 0;
     const int64_t at = (static_cast<int64_t>(direction) * batch + own.sequence) * hidden + unit;
     own.h = own.live && h0 != nullptr ? to_float(h0[at]) : 0.f;
     own.c = Cell::kHasCell && own.live && args.c0 != nullptr ? to_float(static_cast<const T*>(args.c0)[at]) : 0.f;
@@ -235,7 +195,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
     }
   }
 
-  const bool taking_turns = kTiles > 1 && present_of(kTiles - 1) > 0;
+  const bool taking_turns = kTiles > 1 && sequences.present(kTiles - 1) > 0;
   const Shared<T> new_state = shared_cast<T>(shared + (Shape::kNewState + warp * (32 * kBytes)));
   // Even and odd steps written out, unless registers are short.
   constexpr int kWrittenOut = Shape::kGroups <= 2 || kTiles > 1 ? 2 * kTiles : 1;
@@ -243,7 +203,7 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
     SEQATTN_UNROLL_BY(kWrittenOut)
     for (int turn = 0; turn < 2 * kTiles; ++turn) {
       const int parity = turn / kTiles, tile = turn % kTiles, s = even + parity, t = start + s * forth;
-      if (s >= steps || (tile > 0 && present_of(tile) <= 0)) {
+      if (s >= steps || (tile > 0 && sequences.present(tile) <= 0)) {
         cp_async_commit();  // one group for each turn
         continue;
       }
@@ -261,7 +221,8 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
         } else {
           const Shared<Barrier> barrier = barriers + (2 * tile + parity);
           barrier_wait(barrier, static_cast<uint32_t>(s - 1) / 2 % 2);
-          if (thread_index() == 0 && s + 2 < steps) barrier_arrive_expect(barrier, kPieces * 16 * present_of(tile));
+          if (thread_index() == 0 && s + 2 < steps)
+            barrier_arrive_expect(barrier, kPieces * 16 * sequences.present(tile));
         }
       }
 
@@ -382,9 +343,9 @@ persistent_forward_kernel(SEQATTN_KERNEL_PARAM Forward args, SEQATTN_KERNEL_PARA
         }
       }
 
-      if (own.live && (valid || !packed)) {
-        const int at = row_of(t, own.sequence), out = out_row_of(t, own.sequence);
-        store(row_at(output, out, ld_output), from_float<T>(valid ? own.h : 0.f));
+      if (own.live && (valid || !sequences.packed)) {
+        const int at = sequences.row(t, own.sequence), out = sequences.out_row(t, own.sequence);
+        store(row_at(output, out, sequences.ld_output), from_float<T>(valid ? own.h : 0.f));
         if constexpr (Cell::kHasCell) {
           if (giving_cells) store(row_at(cell_rows, out, ld_cell), from_float<T>(valid ? own.c : 0.f));
         }

@@ -1,4 +1,4 @@
-// The persistent kernels of a cell and an element type: each is compiled by itself (persistent_<cell>_<type>.cu).
+// The persistent kernels of a cell and an element type: each pair is compiled by itself (persistent_kernels.cu).
 #pragma once
 
 #include "plan.h"

@@ -18,20 +18,8 @@ DType dtype_of_input(const Tensor& input) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      fail("input: expected float64, float32, bfloat16 or float16, got another dtype");
+      fail("input: expected float64, float32, bfloat16 or float16, got ", dtype_text(input.scalar_type()));
   }
-}
-
-std::string text(const std::vector<int64_t>& shape) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
-  out << ']';
-  return out.str();
-}
-
-std::string device_text(const Tensor& t) {
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another";
 }
 
 }  // namespace
@@ -57,7 +45,7 @@ Problem::Problem(int64_t cell_number, const Tensor& input, const OptionalTensor&
   if (layout < kTimeMajor || layout > kPackedRows) fail("layout: expected 0, 1 or 2, got ", layout);
   const int64_t rank = layout == kPackedRows ? 2 : 3;
   if (input.dim() != rank) fail("input: expected ", rank, " dimensions, got shape ", shape_of(input));
-  if (!on_device(input)) fail("input: expected a CUDA tensor, got one on ", device_text(input));
+  check_device("input", input);
   if (!input.is_contiguous()) fail("input: expected a contiguous tensor");
   read_weights();
   read_rows(sizes);
@@ -79,13 +67,13 @@ void Problem::read_weights() {
   directions = int(count);
   const int64_t gates = cell.gates * sizes.hidden;
   for (int d = 0; d < directions; ++d) {
-    check("weight_ih", weight(d, 0), {gates, sizes.input});
-    check("weight_hh", weight(d, 1), {gates, sizes.output});
+    whole("weight_ih", weight(d, 0), input, type, {gates, sizes.input});
+    whole("weight_hh", weight(d, 1), input, type, {gates, sizes.output});
     if (has_bias) {
-      check("bias_ih", weight(d, 2), {gates});
-      check("bias_hh", weight(d, 3), {gates});
+      whole("bias_ih", weight(d, 2), input, type, {gates});
+      whole("bias_hh", weight(d, 3), input, type, {gates});
     }
-    if (sizes.projected) check("weight_hr", weight(d, base), {sizes.output, sizes.hidden});
+    if (sizes.projected) whole("weight_hr", weight(d, base), input, type, {sizes.output, sizes.hidden});
   }
 }
 
@@ -157,21 +145,8 @@ void Problem::read_packed(const OptionalTensor& sizes_or_none) {
   rows.lengths = rows.offsets + rows.steps + 1;
 }
 
-void Problem::check(const char* name, const Tensor& t, const std::vector<int64_t>& shape) const {
-  bool same = t.dim() == int64_t(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
-  if (!same) fail(name, ": expected shape ", text(shape), ", got ", shape_of(t));
-  if (t.scalar_type() != type) fail(name, ": expected the dtype of the input, got another one");
-  if (!on_device(t) || t.get_device_index() != input.get_device_index()) {
-    fail(name, ": expected device ", device_text(input), " (from input), got ", device_text(t));
-  }
-  if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor");
-}
-
 void* Problem::checked(const char* name, const OptionalTensor& t, const std::vector<int64_t>& shape) const {
-  if (!t) return nullptr;
-  check(name, *t, shape);
-  return const_cast<void*>(t->const_data_ptr());
+  return const_cast<void*>(whole(name, t, input, type, shape));
 }
 
 void* Problem::stream() const { return current_stream(input.get_device_index()); }

@@ -5,19 +5,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "../cpu/launch.h"
 #include "plan.h"
 #include "products.h"
 #include "recurrence.h"
+#include "tensors.h"
 
 namespace seqattn::gpu {
 
-enum Layout : int64_t { kTimeMajor = 0, kBatchFirst = 1, kPackedRows = 2 };
-
-using OptionalTensor = std::optional<Tensor>;
+enum CallerLayout : int64_t { kTimeMajor = 0, kBatchFirst = 1, kPackedRows = 2 };
 
 struct Sizes {
   int64_t input, hidden, output;
@@ -77,7 +74,6 @@ class Problem {
   void read_packed(const OptionalTensor& sizes);
   void read_lengths(const Tensor& lengths);
   Tensor allocate(const std::vector<int64_t>& shape, ScalarType scalar_type, int64_t bytes_each) const;
-  void check(const char* name, const Tensor& t, const std::vector<int64_t>& shape) const;
   // Bytes of all parts; fills in `reserve`, whose parts begin at `bytes`, unless it is null.
   int64_t parts(Reserve* reserve, char* bytes) const;
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -137,6 +138,8 @@ class Machine {
 
   // Which of the emulated devices kernels are started for (platform/launch.h).
   int device = 0;
+  // Every kernel that was started since this was last cleared.
+  std::set<const void*> launched;
 
   // 0 runs threads in their order; another number draws the order from a generator seeded with it.
   void set_seed(uint32_t seed) { seed_ = seed; }

@@ -64,6 +64,33 @@ S from(const py::dict& given) {
   return from_fields<S>(given, [](Fields& f, S& s) { take(f, s); });
 }
 
+// The plan that has one team of this size and so many tiles of columns serve a whole batch, whatever device would
+// choose it. why_not where there is no such kernel.
+Plan plan_of_team(const PlanRequest& request, bool grid, TeamSize size, int tiles) {
+  CellSize cell{};
+  int number = 0;
+#define SEQATTN_CELL_SIZE(Cell) \
+  if (request.cell == number++) cell = {Cell::kGates, Cell::kSlots, kept(Cell::kSaved, Cell::kHasCell), Cell::kHasCell};
+  SEQATTN_FOR_EACH_CELL(SEQATTN_CELL_SIZE)
+#undef SEQATTN_CELL_SIZE
+  const TeamShape shape{cell, request.dtype == DType::kFloat32 ? 4 : 2, size.padded, size.blocks, tiles, grid};
+  Plan plan;
+  if (!shape.fits()) {
+    plan.why_not = "no block has room for it";
+    return plan;
+  }
+  plan.kernel = grid ? Kernel::kCooperative : Kernel::kCluster;
+  plan.cluster = size.blocks;
+  plan.rows_per_block = shape.units();
+  plan.batch_columns = static_cast<int>((request.batch + tiles - 1) / tiles) * tiles;
+  if (grid) {
+    plan.workspace_bytes =
+        GridWorkspace(request.directions, tiles, 1).counter_bytes +
+        request.directions * (request.backward ? shape.backward_exchange_bytes() : shape.forward_exchange_bytes());
+  }
+  return plan;
+}
+
 const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* to(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -123,6 +150,10 @@ void bind_recurrence(py::module_& m) {
         [](int dtype, uintptr_t source, int64_t rows, int64_t columns, uintptr_t partial, uintptr_t sums) {
           column_sums(static_cast<DType>(dtype), at(source), rows, columns, to(partial), to(sums), nullptr);
         });
+  m.def("split", [](uintptr_t source, int64_t rows, int64_t columns, int64_t ld, uintptr_t target, int64_t depth,
+                    int64_t begin, bool stacked, bool second_low) {
+    split(at(source), rows, columns, ld, to(target), depth, begin, stacked, second_low, nullptr);
+  });
   m.def("write_values", [](const std::vector<int64_t>& values, uintptr_t target) {
     write_values(values.data(), static_cast<int64_t>(values.size()), reinterpret_cast<int64_t*>(target), nullptr);
   });
@@ -147,6 +178,9 @@ void bind_recurrence(py::module_& m) {
   });
   m.def("plan_cooperative", [](const py::dict& request, const py::dict& device) {
     return plan_cooperative(from<PlanRequest>(request), from<Device>(device));
+  });
+  m.def("plan_of_team", [](const py::dict& request, bool grid, int padded, int blocks, int tiles) {
+    return plan_of_team(from<PlanRequest>(request), grid, {padded, blocks}, tiles);
   });
   m.def("persistent_forward", [](const Plan& plan, const py::dict& a, uintptr_t workspace) {
     raise(persistent_forward(plan, from<Forward>(a), to(workspace), nullptr));

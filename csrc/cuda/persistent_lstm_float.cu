@@ -1,3 +1,0 @@
-#include "persistent_launch.cuh"
-
-template struct seqattn::gpu::PersistentKernels<seqattn::Lstm, float>;
