@@ -80,7 +80,7 @@ FORWARD_TILES = [
 ]
 BACKWARD_TILES = [
     BACKWARD,
-    BackwardTile(32, 128, 4, 3, 8, 168, 168),
+    BackwardTile(32, 128, 4, 3, 8, 255, 255),
     BackwardTile(16, 128, 4, 1, 4),
     BackwardTile(16, 128, 4, 2, 4),
 ]
