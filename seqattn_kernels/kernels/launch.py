@@ -17,12 +17,6 @@ def target() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-@triton.constexpr_function
-def precision_of(target):
-    """Of products of float32: three of tf32 lose 2 bits of 24, and take tensor cores."""
-    return "tf32x3" if target == "cuda" else "ieee"
-
-
 def on_device(t: Tensor) -> Any:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqattn_kernels.kernels import tiles
 from seqattn_kernels.kernels.checks import expect_dtype, expect_rank, expect_served, expect_shape
-from seqattn_kernels.kernels.launch import on_device, padded, precision_of, target
+from seqattn_kernels.kernels.launch import on_device, padded
 from seqattn_kernels.kernels.scores import tanh
 
 
@@ -24,7 +24,6 @@ def pool_fwd_kernel(
     R_BLOCK: tl.constexpr,  # power of two, at least R and 16
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
-    TARGET: tl.constexpr,
 ):
     s_blocks = tl.cdiv(S, S_BLOCK)
     b = (tl.program_id(0) // s_blocks).to(tl.int64)
@@ -36,7 +35,7 @@ def pool_fwd_kernel(
         a = first + tl.arange(0, A_BLOCK)
         x = tl.load(rows + a[None, :], mask=(s < S)[:, None] & (a < A)[None, :], other=0.0)
         w = tl.load(v + r[None, :] * A + a[:, None], mask=(r < R)[None, :] & (a < A)[:, None], other=0.0)
-        acc = tl.dot(tanh(x.to(tl.float32)).to(w.dtype), w, acc, input_precision=precision_of(TARGET))
+        acc = tl.dot(tanh(x.to(tl.float32)).to(w.dtype), w, acc, input_precision="ieee")
     place = scores + b * R * S + r[None, :] * S + s[:, None]
     tl.store(place, acc.to(scores.dtype.element_ty), mask=(s < S)[:, None] & (r < R)[None, :])
 
@@ -55,7 +54,6 @@ def pool_bwd_kernel(
     R_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
-    TARGET: tl.constexpr,
 ):
     a_blocks, splits = tl.cdiv(A, A_BLOCK), tl.cdiv(S, SPLIT)
     tile = tl.program_id(0)
@@ -74,8 +72,8 @@ def pool_bwd_kernel(
         g = tl.load(
             d_scores + b * R * S + r[:, None] * S + s[None, :], mask=(r < R)[:, None] & (s < S)[None, :], other=0.0
         )
-        acc = tl.dot(g, t.to(g.dtype), acc, input_precision=precision_of(TARGET))
-        d_x = tl.dot(tl.trans(g), w, input_precision=precision_of(TARGET)) * (1.0 - t * t)
+        acc = tl.dot(g, t.to(g.dtype), acc, input_precision="ieee")
+        d_x = tl.dot(tl.trans(g), w, input_precision="ieee") * (1.0 - t * t)
         tl.store(d_inner + place, d_x.to(d_inner.dtype.element_ty), mask=there)
     tl.store(partial + (b * splits + split) * R * A + r[:, None] * A + a[None, :], acc, mask=of_v)
 
@@ -111,7 +109,6 @@ def pool_fwd(inner: Tensor, v: Tensor, tile: tiles.PoolTile = tiles.POOL) -> Ten
                     R_BLOCK=_rows(part.shape[0]),
                     S_BLOCK=tile.S,
                     A_BLOCK=tile.A,
-                    TARGET=target(),
                     num_warps=tile.warps,
                 )
     return found[0] if len(found) == 1 else torch.cat(found, 1)
@@ -148,7 +145,6 @@ def pool_bwd(d_scores: Tensor, inner: Tensor, v: Tensor, tile: tiles.PoolTile = 
                 R_BLOCK=_rows(part.shape[0]),
                 S_BLOCK=tile.S,
                 A_BLOCK=tile.A,
-                TARGET=target(),
                 num_warps=tile.warps,
             )
             of_v.append(partial.sum(0).to(v.dtype))

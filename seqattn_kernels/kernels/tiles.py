@@ -66,7 +66,7 @@ STEP = {
     2: StepTile(elements=8192, warps=4, stages=3, programs=256),
 }
 STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=3, programs=1024)
-POOL = PoolTile(R=32, S=32, A=32, warps=4, programs=512)
+POOL = PoolTile(R=32, S=32, A=32, warps=8, programs=512)
 FEATURES = FeatureTile(S=16, D=64, warps=4, stages=3, programs=512)
 
 # What a tuning run tries.
@@ -80,7 +80,7 @@ FORWARD_TILES = [
 ]
 BACKWARD_TILES = [
     BACKWARD,
-    BackwardTile(32, 128, 4, 3, 8, 168, 168),
+    BackwardTile(32, 128, 4, 3, 8, 255, 255),
     BackwardTile(16, 128, 4, 1, 4),
     BackwardTile(16, 128, 4, 2, 4),
 ]
