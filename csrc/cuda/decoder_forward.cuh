@@ -389,16 +389,13 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         }
       }
     }
-    float pre[kSlots] = {};  // what doesn't depend on the state: underway while the context comes together
-    if (live) {
-      const int at = unit + zero;
-      const T* x = static_cast<const T*>(args.x_gates) + t * args.x_step + (sequence + zero) * args.x_batch + at;
-      const float* bias = static_cast<const float*>(args.bias);
+    // Under way while the context comes together; as they are, since to convert them is to wait for them.
+    T x[kGates];
+    {
+      const int row = live ? sequence + zero : static_cast<int>(first), at = live ? unit + zero : 0;
+      const T* from = static_cast<const T*>(args.x_gates) + t * args.x_step + row * args.x_batch + at;
       SEQATTN_UNROLL
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (slot < kGates) pre[slot] = to_float(x[Cell::x_gate(slot) * hidden]);
-        if (bias != nullptr) pre[slot] += bias[slot * hidden + at];
-      }
+      for (int gate = 0; gate < kGates; ++gate) x[gate] = load(from + gate * hidden);
     }
     if (attends) {
       if (scores_bytes > 0) {
@@ -493,6 +490,12 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
     barrier_wait(barriers + Shape::kContextCame, parity);
     if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
+    float pre[kSlots] = {};
+    if (args.bias != nullptr) {
+      const float* bias = static_cast<const float*>(args.bias) + (live ? unit + zero : 0);
+      SEQATTN_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) pre[slot] = load(bias + slot * hidden);
+    }
     const Shared<Words4> seen = context + ((split + zero) * kValuePairs * 4 + q) * 8 + fragment;
     SEQATTN_UNROLL
     for (int p = 0; p < kValuePairs; ++p) {
@@ -510,7 +513,6 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     }
 
     // Accumulator r of all four warps goes to warp r of the group.
-    // (Places that are found anew at each step: carried through the loop, they would take registers that there aren't.)
     const Shared<float> sent = shared_cast<float>(shared + Shape::kParts) + lane + zero;
     const int first_of_group = (group + zero) * kSplit;
     const auto part_of = [&](int to, int from) {
@@ -530,6 +532,12 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     SEQATTN_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
       const float (&own)[4] = sum[slot];
+      if (slot < kGates) {
+        SEQATTN_UNROLL
+        for (int gate = 0; gate < kGates; ++gate) {
+          if (gate == Cell::x_gate(slot)) pre[slot] += to_float(x[gate]);
+        }
+      }
       pre[slot] += split < 2 ? (split == 0 ? own[0] : own[1]) : (split == 2 ? own[2] : own[3]);
       SEQATTN_UNROLL
       for (int from = 1; from < kSplit; ++from) pre[slot] += load(part_of(split, from) + slot * 32);
