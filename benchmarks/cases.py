@@ -249,6 +249,17 @@ def _decoder() -> Iterator[Case]:
             shape = dict(zip("BTSH", sizes, strict=True))
             for mode in (Mode.FORWARD, Mode.TRAINING):
                 yield Case("decoder", operator, shape, mode, ("ours",), (Bar("ours", 1.0),))
+    # B, T, S, H, forward, forward+backward
+    table = ((1, 50, 50, 256, 10.0, 4.0), (32, 50, 50, 256, 4.5, 3.0), (64, 50, 100, 512, 4.5, 3.0))
+    for batch, steps, source, hidden, forward, training in table:
+        shape = {"B": batch, "T": steps, "S": source, "H": hidden}
+        yield Case("decoder", "gru_decoder", shape, Mode.FORWARD, ("ours",), (Bar("ours", forward),))
+        yield Case("decoder", "gru_decoder", shape, Mode.TRAINING, ("ours",), (Bar("ours", training),))
+    # Running freely: Tacotron 2 at its published sizes, weights packed anew for each call; a beam search.
+    shape = {"B": 1, "T": 100, "S": 100, "H": 1024}
+    yield Case("decoder", "tacotron2_decoder", shape, Mode.FORWARD, ("ours",), (Bar("ours", 3.0),))
+    shape = {"B": 8, "K": 5, "T": 50, "S": 50, "H": 256, "V": 1000}
+    yield Case("decoder", "beam_decoder", shape, Mode.FORWARD, ("ours",), (Bar("ours", 5.0),))
 
 
 def _curve(suite_shape: Mapping[str, int], over: str, sizes: Iterable[int]) -> Iterator[dict[str, int]]:

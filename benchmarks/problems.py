@@ -296,7 +296,10 @@ def build(case: Case, seed: int = 0) -> Problem:
     from benchmarks.cell_states import CellStatesProblem
     from benchmarks.decoder import DecoderProblem
     from benchmarks.models import ModelProblem
+    from benchmarks.search import FreeProblem
 
+    if case.operator in ("beam_decoder", "tacotron2_decoder"):
+        return FreeProblem(case, seed)
     if case.suite == "decoder":
         return DecoderProblem(case, seed)
     if case.suite == "models":

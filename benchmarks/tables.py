@@ -17,6 +17,8 @@ OPERATORS = {
     "dot_attention": "dot attention",
     "gru_decoder": "GRU decoder",
     "lstm_decoder": "LSTM decoder",
+    "tacotron2_decoder": "Tacotron 2, frames one by one",
+    "beam_decoder": "beam search, GRU decoder",
 }
 TITLES = {
     "recurrent": "Recurrent layers",

@@ -35,6 +35,8 @@ def work(case: Case) -> Work | None:
         moved, products, elements = _kind(case)
     elif case.operator.endswith("_attention"):
         moved, products, elements = _attention(case)
+    elif case.operator in ("tacotron2_decoder", "beam_decoder"):
+        moved, products, elements = _free_decoder(case)
     elif case.operator.endswith("_decoder"):
         moved, products, elements = _decoder(case)
     elif case.kind in GATES:
@@ -65,6 +67,20 @@ def _decoder(case: Case) -> tuple[float, float, float]:
     parameters = hidden * hidden * (3 * gates + 1)
     moved = 2 * rows * hidden + 2 * batch * source * hidden + rows * source + parameters
     return moved, 2.0 * rows * (parameters + source * hidden), rows * source * hidden
+
+
+def _free_decoder(case: Case) -> tuple[float, float, float]:
+    """Weights are read at every step: those of Tacotron 2 outgrow the caches."""
+    steps, source, hidden = (case.shape[key] for key in "TSH")
+    if case.operator == "beam_decoder":
+        rows, words, width = case.shape["B"] * case.shape["K"], case.shape["V"], hidden
+        parameters = hidden * hidden * 10 + 2 * hidden * words
+    else:
+        # Memory of 512, a prenet of 256, attention of 128: cells, query, prenet, frames and gate.
+        rows, memory, width = case.shape["B"], 512, 128
+        parameters = 4 * hidden * (256 + memory + 2 * hidden + memory + hidden) + width * hidden
+        parameters += 256 * (80 + 256) + 81 * (hidden + memory)
+    return steps * parameters, 2.0 * steps * rows * parameters, steps * rows * source * width
 
 
 def _kind(case: Case) -> tuple[float, float, float]:

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqattn_kernels import native
 from seqattn_kernels.decoding import Hypothesis, beam_search, greedy_search, select_state
+from seqattn_kernels.decoding.beam import _grow
 from seqattn_kernels.functional import additive_attention, prepare_keys
+from seqattn_kernels.ops import search
+from tests.compare import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -409,3 +413,27 @@ def test_bad_arguments(search: Any, options: dict[str, Any], message: str) -> No
 def test_bad_beam_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         beam_search(uniform, None, start=0, end=1, max_length=3, batch_size=2, **options)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="the native kernels were not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "beam", "words"), [(1, 1, 1), (3, 5, 70), (2, 7, 3), (9, 2, 1000)])
+@pytest.mark.parametrize("end", [None, 0])
+def test_the_operator_grows_as_torch_does(batch, beam, words, end, dtype, monkeypatch) -> None:
+    scores = torch.randn(batch, beam, dtype=dtype)
+    scores[0, beam // 2 :] = -math.inf  # empty places
+    log_probs = torch.randn(batch * beam, words, dtype=dtype).log_softmax(1)
+    log_probs[0] = -math.inf
+    found = _grow(log_probs, scores, 1, 0.5, end)
+    torch.library.opcheck(
+        torch.ops.seqattn.beam_grow.default,
+        (log_probs, scores, -1 if end is None else end),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    monkeypatch.setattr(search, "serves", lambda *_: False)
+    expected = _grow(log_probs, scores, 1, 0.5, end)
+    for at in (0, 3):
+        assert_same_bits(found[at], expected[at])
+    alive, ended = expected[0] > -math.inf, expected[3] > -math.inf  # where a place is empty, anything may stand
+    for at, there in ((1, alive), (2, alive), (4, ended)):
+        assert torch.equal(found[at][there], expected[at][there])

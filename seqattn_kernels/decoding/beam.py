@@ -102,7 +102,8 @@ def beam_search(
         coverage.add(active, weights, beam)
 
         def keep(pool: Pool, log_prob: Tensor, slots: Tensor, past: int, n: int) -> None:
-            pool.add(active, log_prob / penalty(n) + coverage.of(slots), log_prob, slots, past)  # noqa: B023
+            if bool((log_prob > -math.inf).any()):
+                pool.add(active, log_prob / penalty(n) + coverage.of(slots), log_prob, slots, past)  # noqa: B023
 
         scores, parents, words, ended, ended_parents = _grow(log_probs, before, groups, diversity, end)
         keep(finished, ended, ended_parents, length - 1, length)

@@ -268,7 +268,7 @@ def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[T
         hidden.squeeze(2),
         c_n,
         context,
-        None if attentional is None else output,
+        output if decoder.spec.attentional_at >= 0 else None,  # one that isn't fed back is never reordered
         state.memory,
         weights.squeeze(1),
         _history_after(decoder, state, weights),
