@@ -6,17 +6,12 @@ torch is imported inside functions only: the OpenMP runtime it loads reads its v
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -194,79 +189,3 @@ def describe() -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
     }
-
-
-_FMA_SOURCE = """
-#if defined(__AVX512F__)
-#define WIDTH 16
-#define CHAINS 24
-#elif defined(__AVX__)
-#define WIDTH 8
-#define CHAINS 12
-#else
-#define WIDTH 4
-#define CHAINS 16
-#endif
-typedef float vector __attribute__((vector_size(WIDTH * 4)));
-/* Independent chains of multiply-adds; returns the floating-point operations done. */
-double fma_chains(long rounds, float scale, float* sink) {
-    vector sum[CHAINS], a, b;
-    for (int i = 0; i < WIDTH; ++i) { a[i] = scale; b[i] = 1.0f - scale; }
-    for (int c = 0; c < CHAINS; ++c) sum[c] = a * (float)(c + 1);
-    for (long r = 0; r < rounds; ++r)
-        _Pragma("GCC unroll 24") for (int c = 0; c < CHAINS; ++c) sum[c] = sum[c] * a + b;
-    for (int c = 0; c < CHAINS; ++c) for (int i = 0; i < WIDTH; ++i) sink[i] += sum[c][i];
-    return 2.0 * rounds * CHAINS * WIDTH;
-}
-"""
-
-
-@lru_cache
-def _fma_library() -> ctypes.CDLL:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise RuntimeError("the FMA ceiling needs a C compiler (cc, gcc or clang), and none was found")
-    digest = hashlib.sha256((_FMA_SOURCE + compiler + machine_name()).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"seqattn-ceilings-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"fma-{digest}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}")
-        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-xc", "-", "-o"]
-        subprocess.run([*command, str(partial)], input=_FMA_SOURCE, text=True, check=True)
-        partial.replace(library)
-    loaded = ctypes.CDLL(str(library))
-    loaded.fma_chains.restype = ctypes.c_double
-    loaded.fma_chains.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
-    return loaded
-
-
-@lru_cache
-def fma_limit(threads: int, seconds: float = 1.0) -> float:
-    """Operations a second of ``threads`` cores that do nothing but float32 FMAs: the best of a few tries.
-
-    Raises RuntimeError where there is no C compiler.
-    """
-    import time
-
-    library = _fma_library()
-    rounds = 1_000_000
-    done = [0.0] * threads
-    spent = [0.0] * threads
-
-    def work(index: int) -> None:
-        sink = (ctypes.c_float * 16)()
-        bind({index % cores()})
-        start = time.perf_counter()
-        done[index] = library.fma_chains(rounds, 0.5, sink)
-        spent[index] = time.perf_counter() - start
-
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, sum(d / s for d, s in zip(done, spent, strict=True)))
-    return best

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,11 @@ from benchmarks.environment import RESULTS, ROOT, describe, machine_name, pin_th
 if TYPE_CHECKING:
     from benchmarks.cases import Case
 
-# Contestant and the least share of its extra memory that stock may take.
-ATTENTION_BAR = 50.0
-BARRED_SHAPE = {"B": 8, "T": 128, "S": 512, "A": 256}
+# How many times less than stock ours may take at least, by operator and shape.
+BARS: tuple[tuple[str, dict[str, int], float], ...] = (
+    ("additive_attention", {"B": 8, "T": 128, "S": 512, "A": 256}, 50.0),
+    ("gru_decoder", {"B": 32, "T": 50, "S": 50, "H": 256}, 4.0),
+)
 CONTESTANTS = ("torch_eager", "ours")
 
 
@@ -35,14 +37,25 @@ class Usage:
     ratio: float
     bar: float | None
     met: bool | None
+    operator: str = ""
+    mode: str = ""
+    shape: dict[str, int] = field(default_factory=dict)
 
 
 def cases() -> list[Case]:
-    """Attention in both modes, and training of recurrent layers at three shapes."""
-    from benchmarks.cases import SUITES, Mode
+    """Attention in both modes, training of recurrent layers and of a decoder, and some training over T."""
+    from benchmarks.cases import SUITES, Case, Mode
 
     found = [case for case in SUITES["attention"] if case.operator == "additive_attention"]
     found += [case for case in SUITES["recurrent"] if case.mode is Mode.TRAINING and case.label in ("S2", "S4", "S5")]
+    sizes = {
+        "gru": {"B": 16, "T": 0, "I": 256, "H": 256},
+        "additive_attention": {"B": 8, "T": 0, "S": 256, "A": 256},
+        "gru_decoder": {"B": 32, "T": 0, "S": 50, "H": 256},
+    }
+    for operator, shape in sizes.items():
+        for steps in (50, 100, 200, 400):
+            found.append(Case("memory", operator, {**shape, "T": steps}, Mode.TRAINING, ("ours",)))
     return found
 
 
@@ -90,8 +103,9 @@ def compare(case: Case) -> Usage:
     stock, ours = (measure(case, contestant) for contestant in CONTESTANTS)
     # A page is the least that can be seen.
     ratio = stock / max(ours, 4 / 1024)
-    bar = ATTENTION_BAR if dict(case.shape) == BARRED_SHAPE else None
-    return Usage(case.name, stock, ours, ratio, bar, None if bar is None else ratio >= bar)
+    bar = next((least for name, shape, least in BARS if (name, shape) == (case.operator, dict(case.shape))), None)
+    met = None if bar is None else ratio >= bar
+    return Usage(case.name, stock, ours, ratio, bar, met, case.operator, case.mode.value, dict(case.shape))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,14 +7,17 @@ figures there come from benchmarks/results/<machine>/ by this script and from no
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import demo
 from benchmarks.environment import RESULTS, ROOT, machine_name
 from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu.bench import SUITES as GPU_SUITES
 from benchmarks.results import CaseResult, Document
 
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -89,6 +92,7 @@ def engine_table(document: Document) -> str:
 
 
 GPU = "gpu_"  # what places for results of a GPU begin with
+DEMO = "demo"  # the place of the demo's figures, which are no suite's
 
 
 def model_table(document: Document) -> str:
@@ -116,7 +120,7 @@ TABLES: Mapping[str, Callable[[Document], str]] = {
     "peers": engine_table,
     "decoder": ratio_table,
     "models": model_table,
-    **{f"{GPU}{suite}": gpu_report.ratios for suite in gpu_report.TITLES},
+    **{f"{GPU}{suite}": gpu_report.ratios for suite in GPU_SUITES},
 }
 
 
@@ -154,16 +158,18 @@ def provenance(document: Document) -> str:
     )
 
 
-def filled(text: str, documents: Mapping[str, Document]) -> str:
-    """``text`` with every place whose suite was measured filled in.
+def filled(text: str, documents: Mapping[str, Document], summary: Mapping[str, Any] | None = None) -> str:
+    """``text`` with every place whose suite was measured filled in; ``summary`` is that of a demo.
 
     Raises ValueError for a place that names no suite.
     """
 
     def fill(match: re.Match[str]) -> str:
         opening, suite, closing = match.groups()
+        if suite == DEMO:
+            return f"{opening}\n{demo.markdown(summary)}\n\n{closing}" if summary else match.group(0)
         if suite not in TABLES:
-            raise ValueError(f"table:{suite}: expected one of {', '.join(TABLES)}")
+            raise ValueError(f"table:{suite}: expected one of {', '.join((*TABLES, DEMO))}")
         if suite not in documents:
             return match.group(0)
         return f"{opening}\n{TABLES[suite](documents[suite])}\n\n{provenance(documents[suite])}\n\n{closing}"
@@ -243,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--machine", default=machine_name(), help="a folder of benchmarks/results")
     parser.add_argument("--gpu", metavar="NAME", help="a folder of benchmarks/results measured on a GPU")
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="keep the figures and pictures of the demo there")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "benchmarks.png")
     options = parser.parse_args(arguments)
@@ -251,8 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no results of {options.machine} yet: run `python -m benchmarks.run recurrent` first")
     if options.gpu:
         documents |= {f"{GPU}{suite}": found for suite, found in gpu_report.load(RESULTS / options.gpu).items()}
-    before = options.readme.read_text()
-    after = filled(before, documents)
+    if options.demo:
+        try:
+            demo.keep(options.demo)
+        except ValueError as error:
+            parser.error(str(error))
+    kept = RESULTS / options.machine / f"{DEMO}.json"
+    after = filled(options.readme.read_text(), documents, json.loads(kept.read_text()) if kept.exists() else None)
     options.readme.write_text(after)
     draw(documents, options.picture)
     places = [match.group(2) for match in PLACE.finditer(after)]

@@ -75,7 +75,7 @@ class Document:
     cases: list[CaseResult]
     profile: str = "full"
     fma_gflops: dict[str, float] = field(default_factory=dict)  # by number of threads
-    ceilings: dict[str, float] = field(default_factory=dict)  # of a GPU, by name and unit
+    ceilings: dict[str, float] = field(default_factory=dict)  # by name and unit; of reading on a CPU, by threads too
     schema: int = SCHEMA
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.environment import in_pinned_process, pin_threads
+from benchmarks.environment import cores, in_pinned_process, pin_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ DAILY_SUITES = ("recurrent", "lengths", "cells", "attention")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     made.add_argument("suite", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)} or all")
-    made.add_argument("--threads", type=_counts, default=[1, 2], help="numbers of threads, such as 1,2 (default)")
+    made.add_argument("--threads", type=_counts, help="numbers of threads, such as 1,2; one for each core without it")
     made.add_argument("--quick", action="store_true", help="a fifth of the time; without a suite, the daily selection")
     made.add_argument(
         "--against", metavar="REF", help="fail where a folder, file or commit REF was faster beyond noise"
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.against import earlier_results
     from benchmarks.cases import DAILY
     from benchmarks.cases import SUITES as CASES
-    from benchmarks.environment import describe, fma_limit
+    from benchmarks.environment import describe
     from benchmarks.results import Document, path_of
     from benchmarks.runner import FULL, QUICK, run
 
@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             console.print(f"[bold red]seqattn bench:[/] {error}", highlight=False)
             return 2
-    environment, limits = describe(), _limits(options.threads, fma_limit)
+    environment = describe()
+    limits, ceilings = _limits(options.threads)
     everything: list[CaseResult] = []
     for suite in suites:
         cases = [case for case in CASES[suite] if options.only in case.name and not (daily and case.name not in DAILY)]
@@ -96,13 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table(suite, found))
         everything += found
         if not (options.json or options.no_save or options.only or daily or options.against) and options.peers is None:
-            Document(environment, found, profile.name, limits).write(path_of(suite))
+            Document(environment, found, profile.name, limits, ceilings).write(path_of(suite))
     if options.json:
-        Document(environment, everything, profile.name, limits).write(options.json)
+        Document(environment, everything, profile.name, limits, ceilings).write(options.json)
     for line in remarks(everything):
         console.print(line, highlight=False)
     for count, limit in limits.items():
-        console.print(f"FMA limit, {count} threads: {limit:.0f} GF/s", highlight=False)
+        reads = ", ".join(
+            f"{name.split('_')[0]} {rate:.0f}" for name, rate in ceilings.items() if name.endswith(f"_{count}t")
+        )
+        console.print(f"limits, {count} threads: FMA {limit:.0f} GF/s; reads, GB/s: {reads}", highlight=False)
     missed = any(not bar.met for result in everything for bar in result.bars)
     failed = any(c.failure and c.milliseconds is None for result in everything for c in result.contestants)
     worse = earlier is not None and _regressed(console, Document(environment, everything, profile.name), earlier)
@@ -117,6 +121,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         made.error(f"SUITE: expected some of {', '.join((*SUITES, 'all'))}, got {', '.join(unknown)}")
     if not options.suite and not options.quick:
         made.error(f"expected a suite ({', '.join((*SUITES, 'all'))}), or --quick for the daily selection")
+    if options.threads is None:
+        options.threads = [cores()]
     if not options.suite:
         options.threads = [max(options.threads)]
     return options
@@ -237,13 +243,16 @@ def remarks(results: Sequence[CaseResult]) -> list[str]:
     return lines
 
 
-def _limits(threads: Sequence[int], measure: object) -> dict[str, float]:
-    assert callable(measure)
+def _limits(threads: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """GF/s of FMAs by number of threads, and the ceilings of reading; nothing where they can't be measured."""
+    from benchmarks.ceilings import fma_limit, measured
+
     try:
-        return {str(count): measure(count) / 1e9 for count in threads}
+        found = {str(count): fma_limit(count) / 1e9 for count in threads}
+        return found, {name: rate for count in threads for name, rate in measured(count).items()}
     except RuntimeError as error:
         print(error, file=sys.stderr)
-        return {}
+        return {}, {}
 
 
 def _counts(text: str) -> list[int]:

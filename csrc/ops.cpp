@@ -45,10 +45,14 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "additive_bwd(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor? d_context, "
       "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
   // The attentional decoder, all steps. options: order (0: attend with h of the step before, then update the cells, 1:
-  // the reverse), score (0: additive, 1: dot times scale), activation of the output projection (0: tanh, 1: none), then
-  // the columns where the input, the context and the attentional vector (-1: not fed) begin in w_ih of the first layer,
-  // and the context and h in w_output. input [B, T, I]; keys [B, S, A] and what additive_pack made of them; mask
-  // boolean [B, S]; weights: of each layer w_ih, w_hh, then b_ih, b_hh (has_bias); packed: what decoder_pack made.
+  // the reverse, 2: the first layer updates and attends, the second sees its h and the context), score (0: additive, 1:
+  // dot times scale), activation of the output projection (0: tanh, 1: none), then the columns where the input, the
+  // context and the attentional vector (-1: not fed) begin in w_ih of the first layer, and the context and h in
+  // w_output; which earlier weights the scores know of (0: none, 1: the last, 2: the last and the sum of all, 3: that
+  // sum), and whether gradients reach those through it (0, 1). They enter additive scores as features, their
+  // convolution by w_conv [F, C, window] times w_feature [A, F]; history0 [B, C, S] are those before the first step,
+  // and the sum is of weights / fertility [B, S]. input [B, T, I]; keys [B, S, A] and what additive_pack made of them;
+  // mask boolean [B, S]; weights: of each layer w_ih, w_hh, then b_ih, b_hh (has_bias); packed: what decoder_pack made.
   // Results: h [L, B, T, H], last c [L, B, H], contexts [B, T, D], weights [B, T, S], attentional vectors [B, T, M],
   // reserve for backward; those there are none of are empty. owners [B]: the row of keys, values, lengths and mask that
   // each row attends to, its own where absent; not with `save`.
@@ -56,7 +60,8 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "decoder_fwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor? packed_keys, "
       "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
-      "Tensor? b_output, Tensor? packed, Tensor? owners, bool save) -> "
+      "Tensor? b_output, Tensor? history0, Tensor? w_conv, Tensor? w_feature, Tensor? fertility, Tensor? packed, "
+      "Tensor? owners, bool save) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The same, each step's input the embedding [V, I] of the most probable word of the step before, until `end` (-1:
   // none) or `max_length`. w_predict [V, M or H], b_predict: from the output to logits; absent where it is them. start
@@ -65,27 +70,42 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
       "decoder_generate(int cell, int[] options, float scale, Tensor embedding, Tensor keys, Tensor? packed_keys, "
       "Tensor values, Tensor? lengths, Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, "
       "Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, "
-      "Tensor? b_output, Tensor? packed, Tensor? owners, Tensor? w_predict, Tensor? b_predict, Tensor start, int end, "
-      "int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? b_output, Tensor? history0, Tensor? w_conv, Tensor? w_feature, Tensor? fertility, Tensor? packed, "
+      "Tensor? owners, Tensor? w_predict, Tensor? b_predict, Tensor start, int end, int max_length) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   // Results: gradients of input (need_input), keys, values, h0, c0, context0, attentional0, w_query, b_query, v,
-  // w_output, b_output (empty where there is none), then of the weights.
+  // w_output, b_output, history0, w_conv, w_feature, fertility (empty where there is none), then of the weights.
   m.def(
       "decoder_bwd(int cell, int[] options, float scale, Tensor input, Tensor keys, Tensor values, Tensor? lengths, "
       "Tensor? mask, Tensor? h0, Tensor? c0, Tensor? context0, Tensor? attentional0, Tensor[] weights, bool has_bias, "
-      "Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, Tensor? b_output, Tensor hidden, "
-      "Tensor contexts, Tensor found, Tensor? attentional, Tensor reserve, Tensor? d_hidden, Tensor? d_c_n, "
+      "Tensor? w_query, Tensor? b_query, Tensor? v, Tensor? w_output, Tensor? b_output, Tensor? history0, "
+      "Tensor? w_conv, Tensor? w_feature, Tensor? fertility, Tensor hidden, Tensor contexts, Tensor found, Tensor? "
+      "attentional, Tensor reserve, Tensor? d_hidden, Tensor? d_c_n, "
       "Tensor? d_contexts, Tensor? d_weights, Tensor? d_attentional, bool need_input) -> Tensor[]");
   // The weights in the order forward reads them, valid while they are unchanged.
   m.def(
       "decoder_pack(int cell, Tensor[] weights, bool has_bias, Tensor? w_query, Tensor? b_query, Tensor? w_output, "
-      "Tensor? b_output) -> Tensor");
+      "Tensor? b_output, Tensor? w_conv, Tensor? w_feature) -> Tensor");
+  // A step of a beam search: prefixes of log-probabilities scores [A, K], their words' log_probs [A * K, V]. Results:
+  // of the K best that go on, best first, log-probabilities, parents and words [A, K], -inf where there are fewer; of
+  // those among the K best that end, log-probabilities and parents [A, K], -inf at the others' places.
+  m.def("beam_grow(Tensor log_probs, Tensor scores, int end) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // All steps of an attentional decoder on a GPU: one layer, additive scores, attending before the update (see
   // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.
-  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights.
+  // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights; with
+  // `save`, what backward needs of every unit [B, T, H, kept] and c of every step in float32 [B, T, H], else empty.
   m.def(
       "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
       "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
-      "Tensor? h0, Tensor? c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? h0, Tensor? c0, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The chain in time of its gradients. w_recurrent [G * H + A, H] is W_hh above W_query, `queries` [B, T, A] q of
+  // every step. Results: gradients of x_gates, of what w_recurrent makes of h [B, T, G * H + A], of the contexts, of
+  // the scores (float32 [B, T, S]), of h0 and c0 (empty where these are not given).
+  m.def(
+      "decoder_loop_bwd(int cell, Tensor w_recurrent, Tensor w_context, Tensor v, Tensor keys, Tensor values, "
+      "Tensor? lengths, Tensor? h0, Tensor? c0, Tensor output, Tensor weights, Tensor queries, Tensor saved, "
+      "Tensor cells, Tensor? d_output, Tensor? d_cn, Tensor? d_contexts, Tensor? d_weights) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Scores [B, T, S] by themselves; `kind` is a place in the tables of the reference, of which
   // scores/registry.h has the first. `features` [B, S, F] or [B, T, S, F] with
   // `feature_weight` [F, A] are a term of additive scores beside query and key. 0 past the lengths.
@@ -97,9 +117,14 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   m.def(
       "scores_bwd(int kind, Tensor d_scores, Tensor query, Tensor keys, Tensor? v, Tensor? features, "
       "Tensor? feature_weight, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Additive scores with features made on the way, feature_weight [A, F] times a convolution, conv_weight [F, C, W], of
+  // a history [B, C, S] or [B, T, C, S]: [B, T, S], without T for a query [B, A]. 0 past the lengths.
+  m.def(
+      "location_fwd(Tensor query, Tensor keys, Tensor v, Tensor history, Tensor conv_weight, Tensor feature_weight, "
+      "Tensor? lengths) -> Tensor");
   // Weights [B, T, S] of (scale * scores + mask) / temperature by softmax, sparsemax, entmax15 or sigmoid (`kind` 0
-  // to 3), with `fill`
-  // where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0.
+  // to 3), with `fill` where lengths or a boolean mask hide a key. zero_empty: a row that attends to nothing is 0. On a
+  // CPU also [B, S].
   m.def(
       "normalize_fwd(int kind, Tensor scores, Tensor? lengths, Tensor? mask, float scale, float temperature, "
       "float fill, bool zero_empty) -> Tensor");
@@ -113,11 +138,25 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // stood before, `previous` [B, S].
   m.def("monotonic_fwd(Tensor choose, Tensor previous) -> Tensor");
   m.def("monotonic_bwd(Tensor choose, Tensor previous, Tensor weights, Tensor d_weights) -> (Tensor, Tensor)");
-  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(inner), and weights * input,
-  // summed over s with `reduce`. `mask` is boolean [B, S].
-  m.def("feature_fwd(Tensor inner, Tensor input, Tensor? lengths, Tensor? mask, bool reduce) -> (Tensor, Tensor)");
-  // Results: gradients of inner and input.
+  // Attention over time for each feature: weights [B, S, D], a softmax over s of tanh(input weight^T + bias), and
+  // weights * input, summed over s with `reduce`; with `keep` also that tanh, for backward. `mask` is boolean [B, S].
   m.def(
-      "feature_bwd(Tensor inner, Tensor input, Tensor weights, Tensor? d_result, Tensor? d_weights, Tensor? lengths, "
-      "Tensor? mask, bool reduce) -> (Tensor, Tensor)");
+      "feature_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? lengths, Tensor? mask, bool reduce, bool keep) "
+      "-> (Tensor, Tensor, Tensor)");
+  // Results: gradients of input (empty unless `need_input`), weight, bias (empty without one).
+  m.def(
+      "feature_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor weights, Tensor tangents, Tensor? d_result, "
+      "Tensor? d_weights, Tensor? lengths, Tensor? mask, bool reduce, bool need_input) -> (Tensor, Tensor, Tensor)");
+  // Self-attentive pooling: weights [B, R, S], a softmax over s of v . tanh(input weight^T + bias) with v [R, N], and
+  // the sums of values (the input where absent) by them, both without R where v is [N]; with `keep` also that tanh, for
+  // backward. Masks [B, S].
+  m.def(
+      "pooling_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor v, Tensor? values, Tensor? lengths, Tensor? mask, "
+      "bool keep) -> (Tensor, Tensor, Tensor)");
+  // Results: gradients of input (empty unless `need_input`), weight, bias, v, values (empty where absent or not
+  // needed).
+  m.def(
+      "pooling_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor v, Tensor? values, Tensor weights, "
+      "Tensor tangents, Tensor? d_context, Tensor? d_weights, Tensor? lengths, Tensor? mask, bool need_input, "
+      "bool need_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -27,10 +27,10 @@ class StockSpeller(nn.Module):
 
     def forward(self, input: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = input.new_zeros(len(input), self.cells[0].hidden_size)
-        history = input.new_zeros(len(input), 2, values.shape[1])
+        history, keys = input.new_zeros(len(input), 2, values.shape[1]), self.attention.key_proj(values)
         found = []
         for x in input.unbind(1):
-            context, weights, history = self.attention(h, values, history, mask)
+            context, weights, history = self.attention(h, keys, values, history, mask)
             h = self.cells[0](torch.cat([x, context], 1), h)
             found.append((h, context, weights))
         outputs, contexts, weights = (torch.stack(part, 1) for part in zip(*found, strict=True))

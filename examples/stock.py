@@ -57,10 +57,12 @@ class LocationAttention(nn.Module):
         self.feature_proj = nn.Linear(filters, size, bias=False)
         self.v = nn.Parameter(torch.randn(size) / math.sqrt(size))
 
-    def forward(self, query: Tensor, values: Tensor, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """history [B, 2, S] -> context, weights, the next history."""
+    def forward(
+        self, query: Tensor, keys: Tensor, values: Tensor, history: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """keys: values through key_proj, once for all steps; history [B, 2, S] -> context, weights, next history."""
         location = self.feature_proj(self.conv(history).transpose(1, 2))
-        energies = torch.tanh(self.query_proj(query).unsqueeze(1) + self.key_proj(values) + location)
+        energies = torch.tanh(self.query_proj(query).unsqueeze(1) + keys + location)
         context, weights = weigh(energies @ self.v, mask, values)
         return context, weights, torch.stack([weights, history[:, 1] + weights], 1)
 

@@ -11,6 +11,54 @@ from torch.nn import functional as F
 from examples.stock import LocationAttention, dropout, padding_mask
 from seqattn_kernels import nn as fast
 
+State = tuple[Any, ...]
+
+
+class StockLoop(nn.Module):
+    """A cell, the attention it asks for, and a cell that sees both; parameters as nn.AttentionDecoder names them."""
+
+    def __init__(
+        self, input: int, hidden: int, memory: int, attention: int, filters: int, kernel_size: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.hidden_dropout = dropout
+        self.cells = nn.ModuleList([nn.LSTMCell(input + memory, hidden), nn.LSTMCell(hidden + memory, hidden)])
+        self.attention = LocationAttention(hidden, memory, attention, filters, kernel_size)
+
+    def begin(self, values: Tensor, lengths: Tensor) -> State:
+        """values [B, S, D], lengths [B] -> the state before the first step."""
+        batch, source, width = values.shape
+        zeros = values.new_zeros(batch, self.cells[0].hidden_size)
+        memory = self.attention.key_proj(values), values, padding_mask(lengths, source)
+        return (
+            (zeros, zeros),
+            (zeros, zeros),
+            values.new_zeros(batch, width),
+            values.new_zeros(batch, 2, source),
+            memory,
+        )
+
+    def drop(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return F.dropout(state[0], self.hidden_dropout, self.training), state[1]
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
+        """x [B, I] -> h of the second cell [B, H], context [B, D], weights [B, S], the state after it."""
+        first, second, context, history, (keys, values, mask) = state
+        first = self.drop(self.cells[0](torch.cat([x, context], 1), first))
+        context, weights, history = self.attention(first[0], keys, values, history, mask)
+        second = self.drop(self.cells[1](torch.cat([first[0], context], 1), second))
+        return second[0], context, weights, (first, second, context, history, (keys, values, mask))
+
+    def forward(self, input: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """input [B, T, I] -> h [B, T, H], contexts [B, T, D], weights [B, T, S]."""
+        state = self.begin(values, lengths)
+        found = []
+        for x in input.unbind(1):
+            *results, state = self.step(x, state)
+            found.append(results)
+        outputs, contexts, weights = (torch.stack(part, 1) for part in zip(*found, strict=True))
+        return outputs, contexts, weights
+
 
 class StockTacotronDecoder(nn.Module):
     """Frames of a mel spectrogram from an encoder's output; sizes are those published by default.
@@ -31,56 +79,41 @@ class StockTacotronDecoder(nn.Module):
         hidden_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.mels, self.hidden, self.memory = mels, hidden, memory
-        self.prenet_dropout, self.hidden_dropout = prenet_dropout, hidden_dropout
+        self.mels, self.prenet_dropout = mels, prenet_dropout
         self.prenet = nn.ModuleList([nn.Linear(mels, prenet, bias=False), nn.Linear(prenet, prenet, bias=False)])
-        self.attention_rnn: Any = nn.LSTMCell(prenet + memory, hidden)
-        self.attention: Any = LocationAttention(hidden, memory, attention, filters, kernel_size)
-        self.decoder_rnn: Any = nn.LSTMCell(hidden + memory, hidden)
+        self.decoder: Any = self._loop(prenet, hidden, memory, attention, filters, kernel_size, hidden_dropout)
         self.frame = nn.Linear(hidden + memory, mels)
         self.gate = nn.Linear(hidden + memory, 1)
 
-    def begin(self, values: Tensor, lengths: Tensor) -> dict[str, Any]:
-        """values [B, S, D], lengths [B] -> the state before the first frame."""
-        batch, source, _ = values.shape
-        zeros = values.new_zeros(batch, self.hidden)
-        return {
-            "keys": values,
-            "values": values,
-            "masks": {"mask": padding_mask(lengths, source)},
-            "first": (zeros, zeros),
-            "second": (zeros, zeros),
-            "context": values.new_zeros(batch, self.memory),
-            "history": values.new_zeros(batch, 2, source),
-        }
+    def _loop(self, *sizes: Any) -> nn.Module:
+        return StockLoop(*sizes)
 
-    def attend(self, query: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention(query, state["values"], state["history"], **state["masks"])
-
-    def drop(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return F.dropout(state[0], self.hidden_dropout, self.training), state[1]
-
-    def step(self, frame: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """The frame before [B, mels] -> the next, its gate [B], weights [B, S], the state after it."""
-        x = frame
+    def squeeze(self, frames: Tensor) -> Tensor:
+        """frames [.., mels] -> what the cells see of them [.., prenet]."""
         for layer in self.prenet:
-            x = dropout(torch.relu(layer(x)), self.prenet_dropout)
-        first = self.drop(self.attention_rnn(torch.cat([x, state["context"]], 1), state["first"]))
-        context, weights, history = self.attend(first[0], state)
-        second = self.drop(self.decoder_rnn(torch.cat([first[0], context], 1), state["second"]))
-        output = torch.cat([second[0], context], 1)
-        after = state | {"first": first, "second": second, "context": context, "history": history}
-        return self.frame(output), self.gate(output).squeeze(1), weights, after
+            frames = dropout(torch.relu(layer(frames)), self.prenet_dropout)
+        return frames
+
+    def project(self, output: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """h [.., H], context [.., D] -> frames [.., mels], gates [..]."""
+        both = torch.cat([output, context], -1)
+        return self.frame(both), self.gate(both).squeeze(-1)
+
+    def run(self, input: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.decoder(input, values, lengths)
+
+    def begin(self, values: Tensor, lengths: Tensor) -> Any:
+        return self.decoder.begin(values, lengths)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """x [B, I] -> h [B, H], context [B, D], the state after it."""
+        output, context, _, state = self.decoder.step(x, state)
+        return output, context, state
 
     def forward(self, frames: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher forcing: the frames before each [B, T, mels] -> frames, gates [B, T], weights [B, T, S]."""
-        state = self.begin(values, lengths)
-        found = []
-        for frame in frames.unbind(1):
-            *results, state = self.step(frame, state)
-            found.append(results)
-        frames, gates, weights = (torch.stack(part, 1) for part in zip(*found, strict=True))
-        return frames, gates, weights
+        outputs, contexts, weights = self.run(self.squeeze(frames), values, lengths)
+        return *self.project(outputs, contexts), weights
 
     @torch.no_grad()
     def generate(self, values: Tensor, lengths: Tensor, longest: int, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -90,7 +123,8 @@ class StockTacotronDecoder(nn.Module):
         count = torch.full((len(values),), longest, device=values.device)
         frames = []
         for t in range(longest):
-            frame, gate, _, state = self.step(frame, state)
+            output, context, state = self.step(self.squeeze(frame), state)
+            frame, gate = self.project(output, context)
             frames.append(frame)
             count = torch.where((gate.sigmoid() > threshold) & (count == longest), t + 1, count)
             if bool((count <= t + 1).all()):
@@ -99,22 +133,23 @@ class StockTacotronDecoder(nn.Module):
 
 
 class TacotronDecoder(StockTacotronDecoder):
-    """The same with this package's cells and attention: keys are projected once."""
+    """The same with this package's decoder: all teacher-forced steps in one operator, or one step in one."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        stock = self.attention
-        query, key = stock.query_proj, stock.key_proj
-        self.attention_rnn = fast.LSTMCell(self.attention_rnn.input_size, self.hidden)
-        self.decoder_rnn = fast.LSTMCell(self.decoder_rnn.input_size, self.hidden)
-        self.attention = fast.LocationSensitiveAttention(
-            query.in_features, key.in_features, query.out_features, stock.conv.out_channels, stock.conv.kernel_size[0]
-        )
+    def _loop(self, *sizes: Any) -> nn.Module:
+        prenet, hidden, memory, attention, filters, kernel_size, dropout = sizes
+        return fast.AttentionDecoder(
+            prenet, hidden, memory, cell="lstm", num_layers=2, order="between", score="location",
+            attention_size=attention, score_options={"filters": filters, "kernel_size": kernel_size},
+            hidden_dropout=dropout,
+        )  # fmt: skip
 
-    def begin(self, values: Tensor, lengths: Tensor) -> dict[str, Any]:
-        keys = self.attention.prepare_keys(values)
-        return super().begin(values, lengths) | {"keys": keys, "masks": {"lengths": lengths}}
+    def run(self, input: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.decoder(input, values, lengths=lengths)
+        return out.output, out.contexts, out.weights
 
-    def attend(self, query: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        context, weights = self.attention(query, state["keys"], state["history"], state["values"], **state["masks"])
-        return context, weights, self.attention.next_history(state["history"], weights)
+    def begin(self, values: Tensor, lengths: Tensor) -> Any:
+        return self.decoder.begin(values, lengths=lengths)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        output, state = self.decoder.step(x, state)
+        return output, state.context, state

@@ -29,6 +29,7 @@ def build() -> Path:
     target = work / "libseqattn_emulated.so"
     torch_root = Path(torch.__file__).parent
     sources = [
+        CSRC / "cuda" / "decoder.cpp",
         CSRC / "cuda" / "problem.cpp",
         CSRC / "cuda" / "recurrence.cpp",
         CSRC / "emulator" / "launcher" / "device.cpp",

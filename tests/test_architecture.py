@@ -20,7 +20,7 @@ BELOW = {
     "functional": {"backends", "native", "ops", "reference"},
     "nn": {"functional"},
     "accelerate": {"nn"},
-    "decoding": set(),
+    "decoding": {"ops"},
     "plotting": set(),
 }
 ABOVE_ALL = {"cli", "demo"}

@@ -312,3 +312,21 @@ def test_scores_operator_checks_its_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             fwd(*arguments)
+
+
+@needs_native
+@pytest.mark.cpu
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 0, 4])], ids=["all", "lengths"])
+@pytest.mark.parametrize("T", [None, 3])
+def test_location_operator_in_torch_machinery(T, lengths):
+    torch.use_deterministic_algorithms(False)
+    steps = () if T is None else (T,)
+    shapes = [(3, *steps, 7), (3, 9, 7), (7,), (3, *steps, 2, 9), (5, 2, 3), (7, 5)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.library.opcheck(torch.ops.seqattn.location_fwd.default, (*(t.detach() for t in tensors), lengths))
+    assert torch.autograd.gradcheck(lambda *t: ops.location.scores(*t, lengths), tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: ops.location.scores(*t, lengths), tensors)
+    with pytest.raises(RuntimeError, match=r"conv_weight: expected \[F, C, W\] with W odd, got \[5, 2, 2\]"):
+        torch.ops.seqattn.location_fwd(*tensors[:4], tensors[4][..., :2], tensors[5], lengths)
+    with pytest.raises(RuntimeError, match="history: expected shape"):
+        torch.ops.seqattn.location_fwd(*tensors[:3], tensors[3][..., 0, :], *tensors[4:], lengths)

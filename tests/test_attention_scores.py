@@ -174,12 +174,13 @@ def test_feature_attention_twice_and_in_torch_machinery():
     tensors = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 4, 3), (3, 3), (3,))]
     lengths = torch.tensor([4, 2])
     assert torch.autograd.gradgradcheck(lambda *t: functional.feature_attention(*t, lengths=lengths), tensors)
-    inputs = torch.randn(2, 9, 5), torch.randn(2, 9, 5)
+    inputs = torch.randn(2, 9, 5), torch.randn(5, 5), torch.randn(5)
     if native.why_not() is None:
         for reduce in (False, True):
-            torch.library.opcheck(torch.ops.seqattn.feature_fwd.default, (*inputs, lengths, None, reduce))
-            result, weights = torch.ops.seqattn.feature_fwd(*inputs, lengths, None, reduce)
-            arguments = (*inputs, weights, torch.randn_like(result), None, lengths, None, reduce)
+            arguments = (*inputs, lengths, None, reduce, True)
+            torch.library.opcheck(torch.ops.seqattn.feature_fwd.default, arguments)
+            result, weights, tangents = torch.ops.seqattn.feature_fwd(*arguments)
+            arguments = (*inputs, weights, tangents, torch.randn_like(result), None, lengths, None, reduce, True)
             torch.library.opcheck(torch.ops.seqattn.feature_bwd.default, arguments)
     module, input = FeatureAttention(5), torch.randn(2, 9, 5)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(input, lengths=lengths)

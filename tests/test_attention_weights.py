@@ -93,11 +93,13 @@ def test_dtypes(kind, dtype):
     assert_close_to_float64(gradients(got, [scores]), gradients(expected, wide))
 
 
+@pytest.mark.parametrize("S", [23, 37, 128, 150])
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("kind", NORMALIZERS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks(kind, masked, backend, threads):
-    B, T, S = 3, 4, 37
+def test_masks(kind, masked, backend, S, threads):
+    """Rows of up to 128 keys stay in registers, by as many vectors as they need."""
+    B, T = 3, 4
     scores, options = torch.randn(B, T, S), MASKS[masked](B, T, S)
     off = hidden(scores, **options)
     scores[off] = NAN  # whatever stands there
@@ -426,6 +428,17 @@ def test_opcheck(kind, masked):
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
+def test_rows_without_a_dimension_of_time(kind):
+    scores, lengths = torch.randn(3, 19, requires_grad=True), torch.tensor([19, 0, 4])
+    got = FUNCTIONS[kind](scores, lengths=lengths)
+    expected = FUNCTIONS[kind](scores.unsqueeze(1), lengths=lengths).squeeze(1)
+    assert_same_bits(got, expected)
+    assert_same_bits(gradients(got, [scores]), gradients(expected, [scores]))
+    wide = scores.detach().double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda s: FUNCTIONS[kind](s, lengths=lengths), [wide])
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
 def test_compile(kind):
     torch.use_deterministic_algorithms(False)
     scores, lengths = torch.randn(3, 4, 9, requires_grad=True), torch.tensor([9, 0, 4])
@@ -444,8 +457,8 @@ def test_operators_check_their_arguments():
     seqattn, scores = torch.ops.seqattn, torch.zeros(2, 3, 5)
     with pytest.raises(RuntimeError, match=r"kind: expected a number in \[0, 4\), got 4"):
         seqattn.normalize_fwd(4, scores, None, None, 1.0, 1.0, -INF, True)
-    with pytest.raises(RuntimeError, match=r"scores: expected \[B, T, S\], got \[2, 3\]"):
-        seqattn.normalize_fwd(0, scores[..., 0], None, None, 1.0, 1.0, -INF, True)
+    with pytest.raises(RuntimeError, match=r"scores: expected \[B, S\] or \[B, T, S\], got \[2\]"):
+        seqattn.normalize_fwd(0, scores[:, 0, 0], None, None, 1.0, 1.0, -INF, True)
     with pytest.raises(RuntimeError, match=r"mask: expected shape \[2, 5\], got \[2, 4\]"):
         seqattn.normalize_fwd(0, scores, None, torch.ones(2, 4) > 0, 1.0, 1.0, -INF, True)
     with pytest.raises((RuntimeError, ValueError), match=r"lengths: expected values in \[0, 5\]"):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import accuracy, environment, measure, memory, report, results, runner, sweep
+from benchmarks import accuracy, ceilings, environment, measure, memory, reasons, report, results, runner, sweep, tables
 from benchmarks.cases import CUDA_SUITES, FMA_LIMIT, STOCK, SUITES, Bar, Case, Mode, ragged_lengths
 from benchmarks.peers import Entry, Peer, registry
 from benchmarks.peers.torch_eager import TorchEager
@@ -395,3 +395,44 @@ def test_the_command_restarts_itself_pinned(tmp_path):
     document = results.Document.read(tmp_path / "found.json")
     assert document.environment["omp_proc_bind"] == "true"
     assert len(document.cases) == 1
+
+
+def test_losses_stand_with_their_reasons():
+    document = made_up_document("gpu_dot")
+    case = next(case for case in document.cases if case.shape["T"] == 1)
+    lost = dataclasses.replace(case, contestants=[results.Contestant("ours", ratio=0.9, ratio_high=0.95)])
+    unknown = dataclasses.replace(lost, name="nothing/like/it")
+    found = tables.remarks({"dot": dataclasses.replace(document, cases=[lost, unknown])})
+    assert f"- slower than stock beyond noise: ours in {case.name}: 0.90 ({reasons.reason('ours', case.name)})" in found
+    assert "reason not found out yet" not in found[0]
+    assert any("nothing/like/it: 0.90 (reason not found out yet)" in line for line in found)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_has_its_floors_but_whole_models(suite, monkeypatch):
+    monkeypatch.setattr(ceilings, "fma_limit", lambda threads: 1e11)
+    monkeypatch.setattr(ceilings, "read_limits", lambda threads: {"l2": 4e11, "memory": 5e10})
+    for case in SUITES[suite]:
+        found = ceilings.floors(case, 2)
+        assert (max(found.values()) > 0) if suite != "models" else not found, case.name
+
+
+def test_floors_are_those_of_the_least_cache(monkeypatch):
+    monkeypatch.setattr(ceilings, "fma_limit", lambda threads: 1e11)
+    monkeypatch.setattr(ceilings, "read_limits", lambda threads: {"l2": 4e11, "l3": 2e11, "memory": 5e10})
+    monkeypatch.setattr(ceilings, "caches", lambda: {"l2": 1 << 20, "l3": 1 << 25})
+    shape = {"B": 1, "T": 10, "I": 64, "H": 64}
+    weights = 3 * 64 * 128
+    small = ceilings.floors(Case("recurrent", "gru", shape, Mode.FORWARD, ()), 1)
+    assert small["l2"] == pytest.approx((10 * 128 + weights) * 4 / 4e11 * 1e3)
+    assert small["fma"] == pytest.approx(2 * 10 * weights / 1e11 * 1e3)
+    large = ceilings.floors(Case("recurrent", "gru", {**shape, "I": 2048, "H": 2048}, Mode.FORWARD, ()), 1)
+    assert set(large) == {"fma", "memory"}
+    # Twenty steps of a cell read the same weights.
+    assert "l2" in ceilings.floors(Case("cells", "gru_cell", {"B": 1, "I": 64, "H": 64}, Mode.STEPS, ()), 1)
+
+
+def test_reads_are_measured_wherever_the_machine_has_a_cache():
+    found = ceilings.read_limits(1, 0.01)
+    assert set(found) - {"l3"} == {"memory", *(set(ceilings.caches()) - {"l3"})}
+    assert all(rate > 0 for rate in found.values())

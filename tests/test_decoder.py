@@ -21,6 +21,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 CELLS = ("rnn", "rnn_relu", "gru", "lstm")
 SCORES = ("additive", "dot", "general", "concat")
+ORDERS = ("bahdanau", "luong", "between")
 # feedback, size of the attentional vector
 FEEDBACKS = (("context", None), ("context", 6), ("attentional", 6), ("both", 6), ("none", 6))
 # B, T, S, I, H, K, D: one of each, odd, more rows than a tile, whole vectors
@@ -31,6 +32,20 @@ CASES = [
         (*kinds, 1 + n % 2, SIZES[n % len(SIZES)])
         for n, kinds in enumerate(itertools.product(CELLS, SCORES, ("bahdanau", "luong"), FEEDBACKS))
     )
+]
+
+# Scores that know of earlier weights; windows of one and of more than all keys, filters of more than a vector.
+REMEMBERING = (
+    ("location", {"filters": 3, "kernel_size": 3}),
+    ("location", {"filters": 20, "kernel_size": 31}),
+    ("location", {"filters": 2, "kernel_size": 5, "cumulative": False, "history_gradient": False}),
+    ("location", {"filters": 5, "kernel_size": 1, "cumulative": False}),
+    ("coverage", {}),
+    ("coverage", {"most_fertile": 3.0}),
+)
+REMEMBERING_CASES = [
+    pytest.param(score, options, order, CELLS[n % 4], 1 + n % 3, SIZES[n % len(SIZES)], id=f"{score}-{order}-{n}")
+    for n, ((score, options), order) in enumerate(itertools.product(REMEMBERING, ORDERS))
 ]
 
 
@@ -92,6 +107,48 @@ def test_results_and_gradients(cell, score, order, feedback, output, layers, siz
         assert_close_to_float64(run_with_gradients(decoder, given, backend=backend), oracle)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("score", "options", "order", "cell", "layers", "size"), REMEMBERING_CASES)
+def test_earlier_weights(score, options, order, cell, layers, size, device) -> None:
+    decoder, given = make(cell, score, order, "both", 6, layers, size, score_options=options)
+    oracle = run_with_gradients(decoder, given, backend="reference")
+    for dtype in (torch.float64, torch.float32):
+        decoder, given = decoder.to(device, dtype), to(given, device, dtype)
+        for backend in ("cpu", "composed") if device == "cpu" and native.why_not() is None else ("composed",):
+            assert_close_to_float64(run_with_gradients(decoder, given, backend=backend), oracle)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("feedback", "output"), FEEDBACKS)
+@pytest.mark.parametrize(("cell", "score"), [("gru", "additive"), ("lstm", "dot")])
+def test_attention_between_two_cells(cell, score, feedback, output, layers, device) -> None:
+    decoder, given = make(cell, score, "between", feedback, output, layers, SIZES[layers])
+    oracle = run_with_gradients(decoder, given, backend="reference")
+    for backend in ("cpu", "composed") if device == "cpu" and native.why_not() is None else ("composed",):
+        found = run_with_gradients(decoder.to(device), to(given, device, torch.float64), backend=backend)
+        assert_close_to_float64(found, oracle)
+
+
+def test_the_second_cell_sees_h_and_context() -> None:
+    """One layer attends after its update, as in the order "luong"; two, against a loop of stock cells."""
+    decoder, given = make("lstm", "additive", "between", "none", layers=2)
+    first, second = (torch.nn.LSTMCell(n, 17, dtype=torch.float64) for n in (4, 17 + 5))
+    for stock, cell in zip((first, second), decoder.cells, strict=True):
+        stock.load_state_dict(cell.state_dict())
+    out = decoder(**given)
+    one = two = (torch.zeros(3, 17, dtype=torch.float64),) * 2
+    for t, x in enumerate(given["input"].unbind(1)):
+        one = first(x, one)
+        context, weights = decoder.attention(one[0], given["keys"], given["values"], lengths=given["lengths"])
+        two = second(torch.cat([one[0], context], 1), two)
+        assert_close_to_float64((out.output[:, t], out.weights[:, t]), (two[0], weights))
+    alone, given = make("gru", "additive", "between", "both", 6)
+    luong, _ = make("gru", "additive", "luong", "both", 6)
+    luong.load_state_dict(alone.state_dict())
+    assert_close_to_float64(alone(**given).output, luong(**given).output)
+
+
 @needs_native
 @pytest.mark.parametrize(("cell", "score", "order", "feedback", "output", "layers", "size"), CASES[::3])
 def test_float64_and_gradients(cell, score, order, feedback, output, layers, size) -> None:
@@ -102,12 +159,14 @@ def test_float64_and_gradients(cell, score, order, feedback, output, layers, siz
 
 
 @needs_native
-@pytest.mark.parametrize("order", ["bahdanau", "luong"])
-@pytest.mark.parametrize("score", ["additive", "dot"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("score", ["additive", "dot", "location", "coverage"])
 @pytest.mark.parametrize(("rows", "steps"), [(1, 300), (9, 70)])
 def test_longer_than_a_chunk(score: str, order: str, rows: int, steps: int) -> None:
     """Inputs are projected and gradients multiplied some hundred rows at a time; their seams must not show."""
-    decoder, given = make("lstm", score, order, "both", 6, 2, size=(rows, steps, 5, 4, 9, 9, 5))
+    options = {"location": {"filters": 3, "kernel_size": 3}, "coverage": {"most_fertile": 3.0}}.get(score)
+    size = rows, steps, 5, 4, 9, 9, 5
+    decoder, given = make("lstm", score, order, "both", 6, 2, size=size, score_options=options)
     assert_close_to_float64(
         run_with_gradients(decoder, given, backend="cpu"), run_with_gradients(decoder, given, backend="reference")
     )
@@ -117,7 +176,7 @@ def test_longer_than_a_chunk(score: str, order: str, rows: int, steps: int) -> N
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability: str) -> None:
     """The same tests on the kernels that an older processor would take."""
-    selection = "test_threads_change_no_bit or test_float64_and or test_longer or test_masked"
+    selection = "test_threads_change_no_bit or test_float64_and or test_longer or test_masked or test_earlier"
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
@@ -145,10 +204,11 @@ def test_gradients_of_gradients() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize(("score", "order"), [("additive", "bahdanau"), ("location", "between")])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("rows", [1, 8, 16, 27])
-def test_threads_change_no_bit(rows: int, layers: int) -> None:
-    decoder, given = make("gru", "additive", "bahdanau", "both", 40, layers, size=(rows, 9, 37, 16, 40, 24, 33))
+def test_threads_change_no_bit(rows: int, layers: int, score: str, order: str) -> None:
+    decoder, given = make("gru", score, order, "both", 40, layers, size=(rows, 9, 37, 16, 40, 24, 33))
     decoder, given = decoder.float(), to(given, "cpu", torch.float32)
     results = []
     for threads in (1, 2):
@@ -161,12 +221,12 @@ def test_threads_change_no_bit(rows: int, layers: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("order", ["bahdanau", "luong"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("feedback", "output"), FEEDBACKS)
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize(("cell", "score"), [("gru", "additive"), ("lstm", "additive"), ("lstm", "location")])
 @pytest.mark.parametrize("grad", [False, True])
-def test_steps_are_the_whole(cell, feedback, output, order, grad, device) -> None:
-    decoder, given = make(cell, "additive", order, feedback, output, 2)
+def test_steps_are_the_whole(cell, score, feedback, output, order, grad, device) -> None:
+    decoder, given = make(cell, score, order, feedback, output, 2)
     decoder, given = decoder.to(device), to(given, device, torch.float64)
     with torch.set_grad_enabled(grad):
         whole = decoder(**given)
@@ -181,11 +241,13 @@ def test_steps_are_the_whole(cell, feedback, output, order, grad, device) -> Non
 
 
 @pytest.mark.parametrize("backend", ["cpu", "composed", "reference"])
-@pytest.mark.parametrize("order", ["bahdanau", "luong"])
-def test_two_halves_are_the_whole(order: str, backend: str) -> None:
+@pytest.mark.parametrize("score", ["general", "location", "coverage"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_halves_are_the_whole(order: str, score: str, backend: str) -> None:
     if backend == "cpu" and native.why_not() is not None:
         pytest.skip("the native kernels were not built")
-    decoder, given = make("lstm", "general", order, "both", 6, 2)
+    options = {"most_fertile": 3.0} if score == "coverage" else None
+    decoder, given = make("lstm", score, order, "both", 6, 2, score_options=options)
     input = given.pop("input").requires_grad_()
     whole = decoder(input, **given, backend=backend)
     first = decoder(input[:, :2], **given, backend=backend)
@@ -197,7 +259,8 @@ def test_two_halves_are_the_whole(order: str, backend: str) -> None:
         gradients([whole.output, whole.state.c], [input, *decoder.parameters()]),
     )
     detached = first.state.detach()
-    assert not any(t.requires_grad for t in (detached.h, detached.c, detached.context, detached.attentional))
+    kept = [detached.h, detached.c, detached.context, detached.attentional]
+    assert not any(t.requires_grad for t in kept + ([] if score == "general" else [detached.history]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -247,12 +310,13 @@ def nothing_but(decoder: nn.AttentionDecoder, given: dict[str, Any], mask: Tenso
         assert (gradient.masked_select(~attended.unsqueeze(-1)) == 0).all()
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", [*SCORES, "location", "coverage"])
 @pytest.mark.parametrize("backend", ["cpu", "composed"])
 def test_masked_positions(score: str, backend: str) -> None:
     if backend == "cpu" and native.why_not() is not None:
         pytest.skip("the native kernels were not built")
-    decoder, given = make("gru", score, "luong", "context", size=(4, 3, 19, 4, 8, 8, 6))
+    options = {"coverage": {"most_fertile": 3.0}, "location": {"filters": 3, "kernel_size": 5}}.get(score)
+    decoder, given = make("gru", score, "luong", "context", size=(4, 3, 19, 4, 8, 8, 6), score_options=options)
     given["lengths"] = torch.tensor([19, 0, 7, 16])
     mask = torch.rand(4, 19) < 0.6
     mask[3] = False  # attends to nothing
@@ -353,15 +417,7 @@ def test_a_score_of_ones_own() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", ["bahdanau", "luong"])
-@pytest.mark.parametrize(
-    ("score", "options"),
-    [
-        ("location", {"filters": 3, "kernel_size": 3}),
-        ("location", {"filters": 2, "kernel_size": 5, "cumulative": False, "history_gradient": False}),
-        ("coverage", {}),
-        ("coverage", {"most_fertile": 3.0}),
-    ],
-)
+@pytest.mark.parametrize(("score", "options"), [*REMEMBERING[:3], *REMEMBERING[4:]])
 def test_scores_that_remember(score: str, options: dict[str, Any], order: str, device: str) -> None:
     """Against a loop over the module of the score."""
     decoder, given = make("gru", score, order, "context", score_options=options)
@@ -396,7 +452,26 @@ def test_scores_that_remember(score: str, options: dict[str, Any], order: str, d
         for t in range(1, 5):
             output, state = decoder.step(given["input"][index, t], state)
             assert_close_to_float64(output, out.output[index, t])
-    assert "module" in decoder.why_not(given["input"], state)
+
+
+def test_weightings_of_ones_own_are_composed() -> None:
+    """Against a loop over the module of the score, which no longer is a softmax of it."""
+    for score in ("additive", "location", "coverage", "dot"):
+        decoder, given = make("gru", score, size=(3, 4, 6, 4, 9, 9, 5), score_options={"weighting": "sparsemax"})
+        out = decoder(**given)
+        assert (out.weights == 0).sum() > (6 - given["lengths"]).sum() * 4
+        assert "module" in decoder.why_not(given["input"], out.state)
+        attention, keys, values = decoder.attention, given["keys"], given["values"]
+        history = [attention.initial(keys)] if hasattr(attention, "initial") else []
+        h = torch.zeros(3, 9, dtype=torch.float64)
+        for t, x in enumerate(given["input"].unbind(1)):
+            context, weights = attention(h, keys, *history, values, lengths=given["lengths"])
+            h = decoder.cells[0](torch.cat([x, context], 1), h)
+            if score == "location":
+                history = [attention.next_history(history[0], weights)]
+            elif score == "coverage":
+                history = [attention.next_coverage(history[0], weights)]
+            assert_close_to_float64((out.output[:, t], out.weights[:, t]), (h, weights))
 
 
 def test_zoneout() -> None:
@@ -462,23 +537,25 @@ def test_running_freely(device: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
-def test_operators(cell: str) -> None:
+@pytest.mark.parametrize(("cell", "history"), [("rnn", "none"), ("lstm", "none"), ("lstm", "both")])
+def test_operators(cell: str, history: str) -> None:
     from seqattn_kernels.ops.decoder import Tensors, _arguments, _options
     from seqattn_kernels.reference.decoder import Spec
 
     name = {"rnn": "rnn_tanh"}.get(cell, cell)
     gates, number = {"rnn": (1, 0), "lstm": (4, 3)}[cell]
-    spec = Spec(name, True, "additive", 1.0, "luong", 0, 3, -1, 0, 4, "tanh")
+    spec = Spec(name, True, "additive", 1.0, "luong", 0, 3, -1, 0, 4, "tanh", history)
     t = Tensors(
         torch.randn(2, 3, 3), torch.randn(2, 5, 6), torch.randn(2, 5, 4), torch.tensor([5, 2]),
         h0=torch.randn(1, 2, 7), c0=torch.randn(1, 2, 7) if cell == "lstm" else None, context0=torch.randn(2, 4),
         w_query=torch.randn(6, 7), v=torch.randn(6), w_output=torch.randn(5, 11), b_output=torch.randn(5),
     )  # fmt: skip
+    if history != "none":
+        t = t._replace(history0=torch.rand(2, 2, 5), w_conv=torch.randn(3, 2, 3), w_feature=torch.randn(6, 3))
     weights = [torch.randn(gates * 7, n) for n in (7, 7)] + [torch.randn(gates * 7) for _ in range(2)]
     packed_keys = torch.ops.seqattn.additive_pack(t.keys)
     ops = torch.ops.seqattn
-    projections = weights, True, t.w_query, t.b_query, t.w_output, t.b_output
+    projections = weights, True, t.w_query, t.b_query, t.w_output, t.b_output, t.w_conv, t.w_feature
     torch.library.opcheck(
         ops.decoder_pack.default, (number, *projections), test_utils=("test_schema", "test_faketensor")
     )
@@ -568,6 +645,36 @@ def test_the_function() -> None:
         query_weight=general.attention.weight, lengths=given["lengths"],
     )  # fmt: skip
     assert_close_to_float64(out.output, general(**given).output)
+
+
+@pytest.mark.parametrize("score", ["location", "coverage"])
+def test_the_function_with_earlier_weights(score: str) -> None:
+    options = {"most_fertile": 2.0} if score == "coverage" else {"filters": 3, "kernel_size": 3}
+    decoder, given = make("gru", score, "luong", score_options=options)
+    attention, keys = decoder.attention, given["keys"]
+    term: dict[str, Any] = {"conv_weight": attention.conv.weight, "feature_weight": attention.feature_proj.weight} if (
+        score == "location"
+    ) else {"feature_weight": attention.coverage_weight, "fertility": attention.fertility(keys)}  # fmt: skip
+
+    def run_it(**changed: Any) -> Tensor:
+        return functional.attention_decoder(
+            given["input"], attention.key_proj(keys), given["values"], list(decoder.cells[0].parameters()), score=score,
+            query_weight=attention.query_proj.weight, query_bias=attention.query_proj.bias, v=attention.v,
+            order="luong", lengths=given["lengths"], **(term | changed),
+        ).output  # fmt: skip
+
+    assert_close_to_float64(run_it(), decoder(**given).output)
+    wrong = {
+        "feature_weight": (torch.zeros(11, 4), r"feature_weight: expected \[A"),
+        "fertility": (torch.ones(3, 6), "fertility"),
+    }
+    if score == "location":
+        wrong["conv_weight"] = torch.zeros(3, 2, 4), r"conv_weight: expected .* W odd, got \[3, 2, 4\]"
+    else:
+        wrong["conv_weight"] = torch.zeros(1, 1, 1), "conv_weight: expected None with score='coverage'"
+    for name, (value, message) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            run_it(**{name: value})
 
 
 @needs_native

@@ -6,6 +6,7 @@ import ast
 import copy
 import io
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from seqattn_kernels.demo import model as model_module
 from seqattn_kernels.demo.data import END, PAD, START, Pronunciations, Vocabulary, load_dictionary
 from seqattn_kernels.demo.evaluate import edit_distance, error_rates, transcribe
 from seqattn_kernels.demo.model import G2P
+from seqattn_kernels.demo.run import ACCELERATED, STOCK
 from seqattn_kernels.demo.train import Settings, Speed, Trainer, take_turns
 
 SMALL = Settings(steps=30, batch_size=8, embedding=8, hidden=16, dropout=0.2, learning_rate=1e-2)
@@ -244,6 +246,24 @@ def test_the_demo_trains_compares_and_draws(small_run: Any, tmp_path: Path) -> N
         assert heading in text
     for name in ("alignment.png", "speed.png"):
         assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figures_of_the_demo_are_kept_for_the_report(small_run: Any, tmp_path: Path) -> None:
+    from benchmarks import demo, report
+
+    folder = tmp_path / "demo"
+    with pytest.raises(ValueError, match=r"expected what a finished demo writes, got no summary\.json"):
+        demo.keep(folder, tmp_path / "docs", tmp_path / "results")
+    small_run()
+    kept = demo.keep(folder, tmp_path / "docs", tmp_path / "results")
+    assert (tmp_path / "docs" / "speed.png").read_bytes() == (folder / "speed.png").read_bytes()
+    summary = json.loads(kept.read_text())
+    text = report.filled("<!-- table:demo -->\nold\n<!-- /table -->", {}, summary)
+    rates = summary["words_per_second"]["training"]
+    row = f"| training | {rates[STOCK]:,.0f} | {rates[ACCELERATED]:,.0f} |"
+    assert row in text
+    assert "old" not in text
+    assert f"{summary['errors'][ACCELERATED]['greedy']['phoneme']:.1%} by greedy" in text
 
 
 def test_the_full_demo_goes_on_with_one_model(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import results, tables
 from benchmarks.cases import CUDA_SUITES, STOCK, Case, Mode
 from benchmarks.gpu import bench, ceilings, parts, report, runner, timing
 from benchmarks.gpu.__main__ import main
@@ -384,7 +384,7 @@ def made_up(suite: str) -> results.Document:
 
 @pytest.mark.parametrize("suite", CUDA_SUITES)
 def test_the_tables_of_a_gpu(suite):
-    lines = report.markdown(made_up(suite)).splitlines()
+    lines = tables.markdown(made_up(suite)).splitlines()
     assert len(lines) == len(CUDA_SUITES[suite]) + 2
     assert len({line.count("|") for line in lines}) == 1
     assert "**0.50x**" in lines[2]

@@ -13,9 +13,10 @@ import pytest
 
 from benchmarks import against, results
 from benchmarks.cases import DAILY, SUITES
+from benchmarks.environment import cores
 from benchmarks.html import charts
 from benchmarks.html.__main__ import main
-from benchmarks.html.page import render
+from benchmarks.html.page import memory, render
 from benchmarks.run import _options
 from tests.test_benchmarks import made_up_document
 from tests.test_gpu_benchmarks import made_up
@@ -121,6 +122,18 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])
     assert "expected results" in capsys.readouterr().err
+
+
+def test_memory_over_steps_has_a_curve():
+    usage = [
+        {"case": f"gru T={t}", "operator": "gru", "mode": "forward+backward", "shape": {"B": 2, "T": t, "H": 8},
+         "stock_mb": 3.0 * t, "ours_mb": 1.0 * t * t}
+        for t in (10, 20, 40)
+    ]  # fmt: skip
+    page = memory([], usage)
+    assert "gru forward+backward, B=2,H=8" in page
+    assert "For each unit of T, at the largest over the least: torch_eager 1.00, ours 4.00" in page
+    assert "figure" not in memory([], usage[:2])
 
 
 def test_the_committed_results_make_a_page():
@@ -276,7 +289,7 @@ def test_the_daily_selection_is_small_and_covers_the_operators():
 
 def test_a_suite_or_the_daily_selection_is_asked_for(capsys):
     assert _options(["--quick"]).threads == [2]
-    assert _options(["cells"]).threads == [1, 2]
+    assert _options(["cells"]).threads == [cores()]
     for wrong, message in (([], "expected a suite"), (["coffee"], "SUITE: expected some of recurrent")):
         with pytest.raises(SystemExit):
             _options(wrong)

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(ops.attention_cuda.why_not() is not None, reason="needs Triton"),
 ]
 NAN, INF = float("nan"), float("inf")
+ADDITIVE = ops.scores.score_number("additive")
 # Odd sizes, and sizes whose rows are aligned: different code is compiled. One, few and many queries.
 SHAPES = [(3, 1, 37, 17, 5), (2, 3, 70, 33, 40), (2, 37, 131, 65, 41), (2, 1, 256, 128, 64), (2, 64, 256, 128, 64)]
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +90,30 @@ def test_against_float64(format, shape, mask):
     assert difference(context, expected[0]) is None
 
 
+@pytest.mark.parametrize("weighting", ["softmax", "sparsemax"])  # one operator; scores, weights and context apart
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("T", [4, 70])
+def test_what_some_queries_see_stays_with_them(T, format, weighting):
+    S, queries, some = 80, T // 2, 33
+    tensors = inputs(2, T, S, 64, 48, FORMATS[format])
+    mask = torch.zeros(2, T, S, dtype=torch.bool, device="cuda")
+    mask[:, :queries, :some] = mask[:, queries:, some:] = True
+
+    def run(query, keys, values, v):
+        context, weights = functional.additive_attention(query, keys, v, values, mask=mask, weighting=weighting)
+        return context[:, queries:], weights[:, queries:]
+
+    clean = [t.detach().clone().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        tensors[1][:, 2] = tensors[2][:, 2] = NAN
+    found, expected = run(*tensors), run(*clean)
+    assert_close_to_float64(found, to_float64(expected))
+    for ours, theirs, first in zip(
+        gradients(found, tensors), gradients(expected, clean), (queries, some, some), strict=False
+    ):
+        assert difference(ours[:, first:], theirs[:, first:].double()) is None
+
+
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4]], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 0.3, 3.0, 9.0, 50.0, 1e4, 1e30])
 def test_fp32_any_size_of_input(shape, size):
@@ -113,7 +138,12 @@ def test_fp32_sums_that_cancel(q, k, T):
 
 
 def ops_scores(kind, query, keys, v=None, features=None, feature_weight=None, lengths=None):
-    return torch.ops.seqattn.scores_fwd(kind, query, keys, v, features, feature_weight, lengths)
+    number = ops.scores.score_number(kind)
+    return torch.ops.seqattn.scores_fwd(number, query, keys, v, features, feature_weight, lengths)
+
+
+def weights_of(kind, scores):
+    return torch.ops.seqattn.normalize_fwd(ops.scores.normalizer_number(kind), scores, None, None, 1.0, 1.0, -INF, True)
 
 
 def test_fp32_scores_are_near_those_of_eager():
@@ -137,7 +167,7 @@ def test_fp32_features(T, per_step):
     expected = inner.tanh() @ v
     assert_close_to_float64(ops_scores("additive", *given), expected)
     direction = torch.randn_like(expected)
-    found = torch.ops.seqattn.scores_bwd("additive", direction.float(), *given, None)
+    found = torch.ops.seqattn.scores_bwd(ADDITIVE, direction.float(), *given, None)
     wanted = torch.autograd.grad(expected, wide, direction.float().double())
     assert_close_to_float64(found, wanted, names=("query", "keys", "v", "features", "feature_weight"))
 
@@ -146,7 +176,7 @@ def test_fp32_features(T, per_step):
 @pytest.mark.parametrize("kind", ["softmax", "sparsemax", "entmax15", "sigmoid"])
 def test_fp32_weights(kind, S):
     scores = torch.randn(2, 5, S, device="cuda") * 3
-    weights = torch.ops.seqattn.normalize_fwd(kind, scores, None, None, 1.0, 1.0, -INF, True)
+    weights = weights_of(kind, scores)
     z = scores.double()
     if kind == "softmax":
         expected = z.softmax(-1)
@@ -194,6 +224,8 @@ def test_fp32_bad_input():
         additive(query, keys[..., :2], values, v)
     with pytest.raises(ValueError, match=r"lengths: expected device cuda"):
         additive(query, keys, values, v, torch.tensor([1, 2], device="cpu"))
+    with pytest.raises(ValueError, match="keys: expected a tensor on the CPU, got cuda"):
+        ops.attention.pack_keys(keys)
     with pytest.raises(TypeError, match=r"query: expected one of .*, got torch.float64"):
         additive(*(t.double() for t in (query, keys, values, v)))
 
@@ -269,6 +301,12 @@ CALLS = {
     ),
     "coverage": lambda t: F.coverage_attention(t["query"], t["keys"], t["v"], t["history"], t["bias"]),
     "pooling": lambda t: F.pooling_attention(t["keys"], t["square"], t["v"], lengths=LENGTHS),
+    "pooling rows": lambda t: F.pooling_attention(t["keys"], t["square"], t["heads"].repeat(1, 4), lengths=LENGTHS),
+    "monotonic": lambda t: F.monotonic_attention(t["query"], t["keys"], t["v"], score_bias=-1.0, lengths=LENGTHS),
+    "monotonic hard": lambda t: F.monotonic_attention(t["query"], t["keys"], t["v"], mode="hard", mask=MASK.cuda()),
+    "feature reduced": lambda t: F.feature_attention(
+        t["keys"], t["square"], t["bias"], mask=MASK[:, 0].cuda(), reduce=True
+    ),
     "feature": lambda t: F.feature_attention(t["keys"], t["square"], t["bias"], lengths=LENGTHS),
 }
 
@@ -276,7 +314,7 @@ CALLS = {
 @pytest.mark.parametrize("T", [0, 20])
 @pytest.mark.parametrize("name", CALLS)
 def test_fp32_functions(name, T):
-    if T and name in ("location", "coverage", "pooling", "feature"):
+    if T and name in ("location", "coverage", "pooling", "pooling rows", "feature", "feature reduced"):
         pytest.skip("one query at a time")
     tensors = _problem(T)
     wide = to_float64(tensors)
@@ -313,9 +351,9 @@ def test_fp32_more_than_two_billion_scores():
     for t in (0, 42_949, 42_950, T - 1):  # around 2^31 elements
         exact = reference.attention.additive_scores(query[:, t : t + 1].double(), keys.double(), v.double())
         assert difference(scores[:, t : t + 1], exact) is None
-    weights = torch.ops.seqattn.normalize_fwd("softmax", scores, None, None, 1.0, 1.0, -INF, True)
+    weights = weights_of("softmax", scores)
     assert difference(weights[:, -1].sum(-1), torch.ones(1, dtype=torch.float64)) is None
-    found = torch.ops.seqattn.scores_bwd("additive", weights, query, keys, v, None, None, None)
+    found = torch.ops.seqattn.scores_bwd(ADDITIVE, weights, query, keys, v, None, None, None)
     one = query[:, -1:].double().requires_grad_()
     (wanted,) = torch.autograd.grad(
         reference.attention.additive_scores(one, keys.double(), v.double()), one, weights[:, -1:].double()

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the tests of triton_interpreter.py, in a process where Triton interprets.
+"""The Triton kernels without a GPU: the tests of triton_interpreter*.py, in a process where Triton interprets.
 
 Triton decides between compiling and interpreting when it is imported, and another test may have done so.
 """
@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 
 
 def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", str(TESTS / "triton_interpreter.py"), *arguments]
+    command = [sys.executable, "-m", "pytest", *map(str, sorted(TESTS.glob("triton_interpreter*.py"))), *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)
 

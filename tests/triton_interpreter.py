@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from seqattn_kernels import kernels, reference
-from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, tiles
+from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, step, tiles
 from seqattn_kernels.kernels.exponentials import bits_of, form_of
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, register
+from seqattn_kernels.ops import attention_cuda
 from tests.compare import TOLERANCE, assert_close_to_float64, assert_same_bits, difference, to_float64
 
 NAN, INF = float("nan"), float("inf")
@@ -231,6 +232,51 @@ def test_gradient_of_context_alone_and_of_weights_alone(T):
                 assert_close_to_float64(ours, theirs, names=place)
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("T", [4, 7])
+def test_what_some_queries_see_stays_with_them(T, value, added):
+    """The first queries see the first keys, of which one is not finite; the others see the others."""
+    S, queries, some = 11, T // 2, 5
+    tensors = inputs(2, T, S, 6, 3)
+    mask = torch.zeros(2, T, S, dtype=torch.bool)
+    mask[:, :queries, :some] = mask[:, queries:, some:] = True
+    wide = [t.requires_grad_() for t in to_float64(tensors)]
+    expected = reference.attention.additive_attention(*wide, None, mask)
+    directions = [torch.randn(t.shape) for t in expected]
+    wanted = torch.autograd.grad(expected, wide, [d.double() for d in directions])
+    tensors[1][:, 2] = tensors[2][:, 2] = value
+    given = torch.zeros(2, T, S).masked_fill(~mask, -INF) if added else mask
+    found, gradients = attend_and_back(tensors, None, given, *directions)
+    assert_close_to_float64([t[:, queries:] for t in found], [t[:, queries:] for t in expected], names=NAMES)
+    sound = [(gradients[0], wanted[0], queries), *((gradients[i], wanted[i], some) for i in (1, 2))]
+    for name, (ours, theirs, first) in zip(GRADIENTS, sound, strict=False):
+        assert_close_to_float64(ours[:, first:], theirs[:, first:], names=[name])
+    assert not found[0][:, :queries].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 17, 9, 130), (1, 1, 1, 1), (2, 3, 0, 4), (0, 3, 5, 4)], ids=str)
+def test_values_without_weight_may_be_anything(shape):
+    B, T, S, D = shape
+    weights, values = torch.rand(B, S, T).transpose(1, 2), torch.randn(B, S, D)
+    weights = weights * (torch.rand(B, T, S) > 0.5)
+    values.view(-1)[::3] = NAN
+    values.view(-1)[1::7] = INF
+    terms = weights.double().unsqueeze(-1) * values.double().unsqueeze(1)
+    expected = terms.masked_fill((weights == 0).unsqueeze(-1), 0).sum(2)
+    assert_close_to_float64(kernels.context_fwd(weights, values), expected)
+    halves = kernels.context_fwd(weights.bfloat16(), values.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    assert_same_bits(halves.isfinite(), expected.isfinite())
+
+
+def test_autocast_does_not_reach_into_operators():
+    weights, values = torch.rand(1, 6, 5), torch.randn(1, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_cuda._implementation("context_fwd")(weights, values)
+    assert_same_bits(found, torch.bmm(weights, values))
+
+
 @pytest.mark.parametrize("T", [1, 5])
 def test_heads_folded_into_the_batch(T):
     H = 3
@@ -258,7 +304,9 @@ def scores_and_back(kind, tensors, lengths=None):
 
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("T", [1, 4, 6])
-def test_features(T, per_step):
+@pytest.mark.parametrize("widest", [step.STEP_WIDTH, 4])
+def test_features(widest, T, per_step, monkeypatch):
+    monkeypatch.setattr(step, "STEP_WIDTH", widest)
     B, S, A, F = 2, 11, 6, 3
     features = torch.randn(B, T, S, F) if per_step else torch.randn(B, S, F)
     tensors = [torch.randn(B, T, A), torch.randn(B, S, A), torch.randn(A), features, torch.randn(F, A)]
@@ -328,9 +376,21 @@ def test_a_gradient_of_zero_hides_a_nan(kind, T):
     direction = torch.randn(2, T, 9)
     direction[0, :, 3] = 0
     direction[1, :, 4:] = 0
-    found = kernels.scores_bwd(kind, direction, query, keys, v if kind == "additive" else None)
+    weight = v if kind == "additive" else None
+    found = kernels.scores_bwd(kind, direction, query, keys, weight)
     assert all(g.isfinite().all() for g in found)
     assert (found[1][0, 3] == 0).all()
+    query[0, 0] = NAN
+    direction[0, 0] = 0
+    if T > 1:
+        direction[1, :, 4] = 1.0
+        direction[1, 2:, 4] = 0  # hidden from some queries alone
+        keys[1, 4] = NAN
+    d_query, d_keys, *_ = kernels.scores_bwd(kind, direction, query, keys, weight)
+    assert d_query[0].isfinite().all()
+    assert d_query[1, 2:].isfinite().all()
+    assert d_keys[0].isfinite().all()
+    assert d_keys[1, :4].isfinite().all()
 
 
 # Weights
@@ -499,6 +559,8 @@ def test_bad_input():
             call(**arguments)
     with pytest.raises(ValueError, match=r"kind: expected one of .*'additive'.*, got 'none'"):
         kernels.scores_fwd("none", query, keys)
+    with pytest.raises(ValueError, match="keys: expected a tensor on the CPU, got"):
+        kernels.additive_pack(keys)
     with pytest.raises(ValueError, match="feature_weight: expected it together with features"):
         kernels.scores_fwd("additive", query, keys, v, torch.zeros(2, 7, 3))
     with pytest.raises(ValueError, match=r"kind: expected one of .*'softmax'.*, got 'none'"):

@@ -90,9 +90,9 @@ def floors(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
     Each input is read once and each result written once. A recurrence has a further limit, the latency of its steps,
     which no rate expresses. Of whole models nothing is said.
     """
-    if case.suite == "models":
-        return {}
     amount = work(case)
+    if amount is None:
+        return {}
     found = {"bytes": amount.size / ceilings["copy_tbs"] / 1e9}
     rate = ceilings.get(PRODUCTS[case.precision])
     if rate:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.html FOLDER [--against OTHER]`: write FOLDER/report.html."""
+"""`python -m benchmarks.html FOLDER [--against OTHER]`: write FOLDER/report.html, and table.md beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.environment import RESULTS, machine_name
 from benchmarks.html.page import render
 from benchmarks.results import load_folder
+from benchmarks.tables import page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     used = options.folder / "memory.json"
     usage = json.loads(used.read_text())["usage"] if used.exists() else []
     out.write_text(render(documents, earlier, usage))
-    print(out)
+    table = out.with_name("table.md")
+    table.write_text(page(documents))
+    print(out, table)
     return 0
 
 

@@ -13,7 +13,9 @@ import torch
 
 from benchmarks.cases import STOCK, Case, Mode, is_ours
 from benchmarks.html.charts import Line, Series, bars, chart, number
+from benchmarks.reasons import reason
 from benchmarks.results import CaseResult, Contestant, Document
+from benchmarks.tables import ceilings
 from benchmarks.work import work
 
 ASSETS = Path(__file__).parent
@@ -64,11 +66,9 @@ def header(documents: Mapping[str, Document]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in place.get("versions", {}).items())
     commits = sorted({str(d.environment.get("commit") or "no commit")[:10] for d in documents.values()})
     dates = sorted({d.created[:10] for d in documents.values()})
-    limits = {**{f"FMA, {n} threads": f"{v:.0f} GF/s" for n, v in first.fma_gflops.items()}}
-    limits |= {name: f"{value:.4g}" for name, value in first.ceilings.items()}
     lines = [
         f"{versions}; commit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
-        f"Measured ceilings: {', '.join(f'{name} {value}' for name, value in limits.items()) or 'none'}.",
+        f"Measured ceilings: {', '.join(ceilings(first)) or 'none'}.",
         "Medians of interleaved runs; the interval holds the ratio with 90 % confidence; nothing that failed its check "
         "against float64 is timed.",
     ]
@@ -83,7 +83,8 @@ def losses(cases: Sequence[CaseResult]) -> str:
         where = f"{case.name}, {case.threads} threads" if case.device == "cpu" else case.name
         for each in case.contestants:
             if is_ours(each.name) and each.ratio_high is not None and each.ratio_high < 1:
-                lost.append(f"{each.name} in {where}: {each.ratio:.2f} of stock's speed")
+                why = reason(each.name, case.name)
+                lost.append(f"{each.name} in {where}: {each.ratio:.2f} of stock's speed ({why})")
             if each.failure:
                 wrong.append(f"{each.name} in {where}: {each.failure.splitlines()[0]}")
             if each.missing and each.missing != "not asked for":
@@ -167,9 +168,9 @@ def _rooflines(documents: Mapping[str, Document]) -> Iterator[str]:
     for suite, document in documents.items():
         points: dict[tuple[str, int], dict[str, list[tuple[float, float, str]]]] = {}
         for result in document.cases:
-            if result.suite == "models":
-                continue
             amount = work(_case(result))
+            if amount is None:
+                continue
             threads = result.threads if result.device == "cpu" else 0
             for name, each in ((STOCK, result.contestant(STOCK)), ("ours", ours(result))):
                 seconds = each and (each.device_milliseconds or each.milliseconds)
@@ -199,9 +200,16 @@ def _limits(document: Document, precision: str, threads: int) -> list[Line]:
     if limit and not threads:
         found.append(Line(f"{precision} products", _constant(limit * 1e12)))
     if "copy_tbs" in document.ceilings and not threads:
-        bandwidth, most = document.ceilings["copy_tbs"] * 1e12, (limit or math.inf) * 1e12
-        found.append(Line("memory", lambda x: min(bandwidth * x, most)))
+        found.append(Line("memory", _sloped(document.ceilings["copy_tbs"] * 1e12, (limit or math.inf) * 1e12)))
+    for level in ("l2", "l3", "memory"):
+        rate = document.ceilings.get(f"{level}_gbs_{threads}t")
+        if rate:
+            found.append(Line(level, _sloped(rate * 1e9, document.fma_gflops.get(str(threads), math.inf) * 1e9)))
     return found
+
+
+def _sloped(rate: float, most: float) -> Callable[[float], float]:
+    return lambda x: min(rate * x, most)
 
 
 def _constant(value: float) -> Callable[[float], float]:
@@ -230,15 +238,19 @@ def scaling(document: Document | None) -> str:
 
 
 def _growth(label: str, series: Sequence[Series]) -> str:
-    """How the time of a step grows from the least size to the largest: 1 is flat."""
+    """How the time, or the memory, of a step grows from the least size to the largest: 1 is flat."""
     if label not in ("T", "S", "B"):
         return ""
     notes = []
     for each in series:
         (first, begin), (last, end) = each.points[0], each.points[-1]
-        if last > first:
+        if last > first and begin > 0:
             notes.append(f"{each.name} {end / last / (begin / first):.2f}")
-    return f"<p class=note>Time a unit of {label}, largest over least: {escape(', '.join(notes))}</p>" if notes else ""
+    return (
+        f"<p class=note>For each unit of {label}, at the largest over the least: {escape(', '.join(notes))}</p>"
+        if notes
+        else ""
+    )
 
 
 def memory(cases: Sequence[CaseResult], usage: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -251,7 +263,28 @@ def memory(cases: Sequence[CaseResult], usage: Sequence[Mapping[str, Any]] = ())
     # Where stock takes most there is most to see.
     largest = sorted(rows, key=lambda row: -rows[row][STOCK])[:MOST_BARS]
     title = "Most memory at a time beyond inputs and weights"
-    return bars(title, {row: rows[row] for row in largest}, "MiB") if rows else ""
+    return bars(title, {row: rows[row] for row in largest}, "MiB") + _memory_over_steps(usage) if rows else ""
+
+
+def _memory_over_steps(usage: Sequence[Mapping[str, Any]]) -> str:
+    """A curve over T wherever some usages differ in nothing else; a memory linear in T grows by no more than T does."""
+    curves: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for each in usage:
+        sizes = each.get("shape", {})
+        if "T" in sizes:
+            rest = tuple((key, size) for key, size in sizes.items() if key != "T")
+            curves.setdefault((each["operator"], each["mode"], rest), []).append(each)
+    parts = []
+    for (operator, mode, rest), found in curves.items():
+        if len(found) < 3:
+            continue
+        drawn = [
+            Series(name, sorted((float(each["shape"]["T"]), float(each[field])) for each in found))
+            for name, field in ((STOCK, "stock_mb"), ("ours", "ours_mb"))
+        ]
+        title = f"{operator} {mode}, {','.join(f'{key}={size}' for key, size in rest)}"
+        parts.append(f"<figure>{chart(title, 'T', 'MiB', drawn)}{_growth('T', drawn)}</figure>")
+    return f"<div class=charts>{''.join(parts)}</div>" if parts else ""
 
 
 COLUMNS = ("case", "threads", "contestant", "ms", "device ms", "x stock", "interval", "of limit", "MiB", "noise")

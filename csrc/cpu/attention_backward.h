@@ -32,7 +32,7 @@ void d_scores(const AttentionArgs<T>& args, int64_t begin, int64_t end) {
       Vec<T> sums{};
       for (int64_t s = 0; s < length; s += W)
         sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
-      const Vec<T> sum = broadcast(sum_by_halves<T>(sums));
+      const Vec<T> sum = sum_all<T>(sums);
       for (int64_t s = 0; s < length; s += W) {
         const Vec<T> x = load_partial(w + s, length - s) * (load_partial(dw + s, length - s) - sum);
         store_partial(ds + s, x, length - s);

@@ -1,4 +1,4 @@
-// Masked softmax and context of additive attention. For attention_kernels.cpp alone.
+// Masked softmax and context of additive attention and of pooling.
 #pragma once
 
 #include "attention_keys.h"
@@ -39,14 +39,14 @@ void softmax_row(const AttentionArgs<T>& args, int64_t b, int64_t t, T* row) {
       const Vec<T> x = load(row + s);
       largest = x > largest ? x : largest;
     }
-    const Vec<T> top = broadcast(max_lanes<T>(largest));
+    const Vec<T> top = max_all<T>(largest);
     Vec<T> sum{};
     for (int64_t s = 0; s < padded; s += W) {
       const Vec<T> e = exp<T>(load(row + s) - top);
       sum += e;
       store(row + s, e);
     }
-    const Vec<T> total = broadcast(sum_by_halves<T>(sum));
+    const Vec<T> total = sum_all<T>(sum);
     for (int64_t s = 0; s < padded; s += W) store(row + s, load(row + s) / total);
   }
   if (weights) {

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention_kernels.h"
+#include "lanes.h"
 #include "scores/registry.h"
-#include "simd.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
@@ -42,15 +42,6 @@ SEQATTN_INLINE bool all_at_most(Vec<T> x, T bound) {
   bool all = true;
   for (int i = 0; i < kLanes<T>; ++i) all &= x[i] <= bound;
   return all;
-}
-
-// Sum of the lanes, by halves: as few roundings on the way of each lane as there can be.
-template <class T>
-SEQATTN_INLINE T sum_by_halves(Vec<T> v) {
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) v[i] += v[i + n];
-  }
-  return v[0];
 }
 
 template <class T>

@@ -10,15 +10,6 @@
 namespace seqattn {
 namespace {
 
-template <class T>
-const LocationKernels<T>& location_kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return SEQATTN_KERNELS(location_kernels_f32);
-  } else {
-    return SEQATTN_KERNELS(location_kernels_f64);
-  }
-}
-
 #define SEQATTN_COUNT(Score) +1
 constexpr int64_t kScoreCount = 0 SEQATTN_SCORES(SEQATTN_COUNT);
 #undef SEQATTN_COUNT
@@ -52,8 +43,9 @@ struct Location {
     args.query = score.query;
     args.keys = score.keys;
     args.features = data_of<T>(features);
-    args.feature_t = per_query ? score.S * F : 0;
+    args.per_query = per_query;
     args.weight = data_of<T>(weight);
+    args.weight_stride = score.A;
     args.lengths = score.lengths;
   }
 
@@ -130,7 +122,7 @@ Tensor fwd(const Tensor& query, const Tensor& keys, const MaybeTensor& v, const 
   location.args.scores = data_of<T>(out);
   Queue queue(args.B * args.T_ * location.args.row_blocks(), threads);
   run_gang(threads, [&](Gang&) {
-    queue.drain([&](int64_t begin, int64_t end) { location_kernels<T>().scores(location.args, begin, end); });
+    queue.drain([&](int64_t begin, int64_t end) { location_kernels<T>().scores(location.args, begin, end, nullptr); });
   });
   return out;
 }

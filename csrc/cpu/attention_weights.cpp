@@ -24,12 +24,20 @@ void check_kind(int64_t kind) {
   if (kind < 0 || kind >= kNormalizerCount) fail("kind: expected a number in [0, ", kNormalizerCount, "), got ", kind);
 }
 
+// Rows of one query each where there is no dimension of time.
+int64_t steps_of(const Tensor& t) { return t.dim() == 2 ? 1 : t.size(1); }
+
+std::vector<int64_t> shape_like(const Tensor& t) {
+  return t.dim() == 2 ? std::vector<int64_t>{t.size(0), t.size(1)}
+                      : std::vector<int64_t>{t.size(0), t.size(1), t.size(2)};
+}
+
 template <class T>
 WeightArgs<T> args_of(const Tensor& t, const Masks<T>& masks) {
   WeightArgs<T> args{};
   args.B = t.size(0);
-  args.T_ = t.size(1);
-  args.S = t.size(2);
+  args.T_ = steps_of(t);
+  args.S = t.size(-1);
   args.lengths = masks.lengths;
   args.mask_bool = masks.mask_bool;
   args.mask_add = masks.mask_add;
@@ -47,16 +55,17 @@ void for_rows(const WeightArgs<T>& args, F kernel) {
 }
 
 void check_rows(const char* name, const Tensor& t) {
-  if (t.dim() != 3) fail(name, ": expected [B, T, S], got ", shape_of(t));
+  if (t.dim() != 2 && t.dim() != 3) fail(name, ": expected [B, S] or [B, T, S], got ", shape_of(t));
 }
 
 template <class T>
 Tensor fwd(int64_t kind, const Tensor& scores_, const MaybeTensor& lengths, const MaybeTensor& mask, double scale,
            double temperature, double fill, bool zero_empty) {
   const Tensor scores = dense(scores_);
-  check_tensor("scores", scores, kScalarType<T>, {-1, -1, -1});
-  const Masks<T> masks(scores.size(0), scores.size(1), scores.size(2), lengths, mask);
-  Tensor weights = allocate(scores, {scores.size(0), scores.size(1), scores.size(2)});
+  const std::vector<int64_t> shape = shape_like(scores);
+  check_tensor("scores", scores, kScalarType<T>, shape);
+  const Masks<T> masks(shape[0], steps_of(scores), shape.back(), lengths, mask);
+  Tensor weights = allocate(scores, shape);
   WeightArgs<T> args = args_of(scores, masks);
   args.scores = data_of<T>(scores);
   args.weights = data_of<T>(weights);
@@ -72,10 +81,10 @@ template <class T>
 Tensor bwd(int64_t kind, const Tensor& d_weights_, const Tensor& weights_, const MaybeTensor& lengths,
            const MaybeTensor& mask, double factor) {
   const Tensor weights = dense(weights_), d_weights = dense(d_weights_);
-  check_tensor("weights", weights, kScalarType<T>, {-1, -1, -1});
-  const std::vector<int64_t> shape{weights.size(0), weights.size(1), weights.size(2)};
+  const std::vector<int64_t> shape = shape_like(weights);
+  check_tensor("weights", weights, kScalarType<T>, shape);
   check_tensor("d_weights", d_weights, kScalarType<T>, shape);
-  const Masks<T> masks(shape[0], shape[1], shape[2], lengths, mask);
+  const Masks<T> masks(shape[0], steps_of(weights), shape.back(), lengths, mask);
   Tensor d_scores = allocate(weights, shape);
   WeightArgs<T> args = args_of(weights, masks);
   args.weights = data_of<T>(weights);

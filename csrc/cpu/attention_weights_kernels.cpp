@@ -1,43 +1,13 @@
 // Weights from scores, a row at a time while it stays in the first-level cache.
 #include "attention_weights_kernels.h"
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
 
 template <class T>
 inline constexpr T kInfinity = T(__builtin_inf());
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Counted : Counted<N - 1, N - 1, I...> {};
-template <int... I>
-struct Counted<0, I...> {
-  using type = Lanes<I...>;
-};
-
-// v with lanes whose numbers differ in the bit `step` exchanged.
-template <class T, int step, int... I>
-SEQATTN_INLINE Vec<T> exchange(Vec<T> v, Lanes<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ step)...);
-}
-
-// The sum (the largest, NaNs aside) of all lanes, in all lanes; by halves, so that the order is the same everywhere.
-template <class T, int step = kLanes<T> / 2>
-SEQATTN_INLINE Vec<T> sum_all(Vec<T> v) {
-  if constexpr (step > 0) return sum_all<T, step / 2>(v + exchange<T, step>(v, typename Counted<kLanes<T>>::type{}));
-  return v;
-}
-template <class T, int step = kLanes<T> / 2>
-SEQATTN_INLINE Vec<T> max_all(Vec<T> v) {
-  if constexpr (step > 0) {
-    const Vec<T> other = exchange<T, step>(v, typename Counted<kLanes<T>>::type{});
-    return max_all<T, step / 2>(other > v ? other : v);
-  }
-  return v;
-}
 
 template <class T>
 SEQATTN_INLINE Vec<T> square_root(Vec<T> v) {
@@ -95,7 +65,7 @@ SEQATTN_INLINE IntVec<T> lane_numbers(Lanes<I...>) {
 template <class T>
 SEQATTN_INLINE IntVec<T> first_lanes(int64_t n) {
   using I = decltype(IntVec<T>{}[0] + 0);
-  return lane_numbers<T>(typename Counted<kLanes<T>>::type{}) < IntVec<T>{} + I(n < kLanes<T> ? n : kLanes<T>);
+  return lane_numbers<T>(AllLanes<T>()) < IntVec<T>{} + I(n < kLanes<T> ? n : kLanes<T>);
 }
 
 template <class T>
@@ -268,6 +238,76 @@ SEQATTN_INLINE bool sigmoids(T* row, int64_t S) {
   return any_lane<T>(bad);
 }
 
+// Keys up to which a row is kept in registers.
+template <class T>
+inline constexpr int64_t kShort = 8 * kLanes<T>;
+
+// Softmax of the S keys of a row, NV vectors of them, hidden by the mask's flags at most: zero where hidden, and where
+// all are.
+template <class T, int NV, bool flagged>
+SEQATTN_INLINE void softmax_in_registers(const WeightArgs<T>& args, const RowMask<T>& mask, const T* scores, T* weights,
+                                         int64_t S) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> scale = broadcast(args.scale), cooling = broadcast(args.inverse_temperature);
+  const Vec<T> none = broadcast(-kInfinity<T>);
+  const int64_t last = S - (NV - 1) * W;
+  Vec<T> x[NV], largest[2] = {none, none}, sum[2] = {};
+  IntVec<T> attend[NV], seen{};
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) {
+    const bool whole = j < NV - 1;
+    x[j] = (whole ? load(scores + j * W) : load_partial(scores + j * W, last)) * scale * cooling;
+    if (flagged) {
+      attend[j] = load_flags<T>(mask.flags + j * W, whole ? W : last);
+      seen |= attend[j];
+    } else if (!whole) {
+      attend[j] = first_lanes<T>(last);
+    }
+    if (flagged || !whole) x[j] = attend[j] ? x[j] : none;
+    largest[j % 2] = x[j] > largest[j % 2] ? x[j] : largest[j % 2];
+  }
+  const Vec<T> top = max_all<T>(largest[0] > largest[1] ? largest[0] : largest[1]);
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) {
+    x[j] = exp<T>(x[j] - top);
+    sum[j % 2] += x[j];
+  }
+  const Vec<T> inverse = T(1) / sum_all<T>(sum[0] + sum[1]);
+  const bool any = !flagged || any_lane<T>(seen);
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) {
+    Vec<T> w = x[j] * inverse;
+    if (flagged) w = any && attend[j] ? w : Vec<T>{};
+    if (j < NV - 1) {
+      store(weights + j * W, w);
+    } else {
+      store_partial(weights + j * W, w, last);
+    }
+  }
+}
+
+template <class T, bool flagged>
+void short_softmax(const WeightArgs<T>& args, const RowMask<T>& mask, const T* scores, T* weights, int64_t S) {
+  switch ((S + kLanes<T> - 1) / kLanes<T>) {
+    case 1:
+      return softmax_in_registers<T, 1, flagged>(args, mask, scores, weights, S);
+    case 2:
+      return softmax_in_registers<T, 2, flagged>(args, mask, scores, weights, S);
+    case 3:
+      return softmax_in_registers<T, 3, flagged>(args, mask, scores, weights, S);
+    case 4:
+      return softmax_in_registers<T, 4, flagged>(args, mask, scores, weights, S);
+    case 5:
+      return softmax_in_registers<T, 5, flagged>(args, mask, scores, weights, S);
+    case 6:
+      return softmax_in_registers<T, 6, flagged>(args, mask, scores, weights, S);
+    case 7:
+      return softmax_in_registers<T, 7, flagged>(args, mask, scores, weights, S);
+    default:
+      return softmax_in_registers<T, 8, flagged>(args, mask, scores, weights, S);
+  }
+}
+
 template <class T, Normalizer kind>
 void forward(const WeightArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
@@ -275,9 +315,14 @@ void forward(const WeightArgs<T>& args, int64_t begin, int64_t end) {
     T* row = args.weights + item * args.S;
     const bool hides = args.zero_empty && args.fill == -kInfinity<T>;
     const int64_t S = hides ? mask.length : args.S;  // what lies past has no part in it
+    if (S < args.S) fill_row(row + S, args.S - S, T(0));
+    if (kind == Normalizer::softmax && hides && !mask.added && S && S <= kShort<T>) {
+      const auto function = mask.flags ? short_softmax<T, true> : short_softmax<T, false>;
+      function(args, mask, args.scores + item * args.S, row, S);
+      continue;
+    }
     T top;
     const bool any = masked_row(args, mask, args.scores + item * args.S, row, S, &top);
-    if (S < args.S) fill_row(row + S, args.S - S, T(0));
     if (!any && args.zero_empty) {
       fill_row(row, S, T(0));
       continue;

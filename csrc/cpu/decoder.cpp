@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate(int64_t number, const Given&
 }
 
 // Results: gradients of input (empty unless need_input), keys, values, h0, c0, context0, attentional0, w_query,
-// b_query, v, w_output, b_output (empty where not given) and of the weights.
+// b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility (empty where not given) and of the weights.
 template <class T>
 std::vector<Tensor> backward(int64_t number, const Given& given, const Tensor& hidden, const Tensor& contexts,
                              const Tensor& found, const MaybeTensor& attentional, const Tensor& reserve,
@@ -148,6 +148,10 @@ std::vector<Tensor> backward(int64_t number, const Given& given, const Tensor& h
   T* d_v = zeros(given.v);
   p.d_w_output = zeros(given.w_output);
   p.d_b_output = zeros(given.b_output);
+  p.d_history0 = zeros(given.history0);
+  T* d_conv = zeros(given.w_conv);
+  T* d_feature = zeros(given.w_feature);
+  p.d_fertility = zeros(given.fertility);
   std::vector<LayerWeights<T>> layers;
   for (size_t i = 0; i < given.weights.size();) {
     LayerWeights<T> layer{};
@@ -162,6 +166,11 @@ std::vector<Tensor> backward(int64_t number, const Given& given, const Tensor& h
   p.d_layers = layers.data();
   std::vector<T> per_row(size_t(p.B * p.A), T(0));
   p.d_v = per_row.data();
+  const int64_t taps = p.C * p.window;
+  std::vector<T> conv_rows(size_t(p.B * taps * padded(p.F)), T(0));
+  std::vector<T> feature_rows(size_t(p.has_history() ? p.B * p.F * padded(p.A) : 0), T(0));
+  p.d_conv = conv_rows.data();
+  p.d_feature = feature_rows.data();
 
   const DecoderKernels<T>& k = kernels<T>();
   a.plan(2.5);
@@ -173,12 +182,21 @@ std::vector<Tensor> backward(int64_t number, const Given& given, const Tensor& h
     std::copy_n(p.d_c_n, p.layers * p.B * p.H, p.d_c0);
   }
   for (int64_t i = 0; d_v && i < p.B * p.A; ++i) d_v[i % p.A] += per_row[size_t(i)];
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t f = 0; f < p.F; ++f) {
+      const T* conv = conv_rows.data() + b * taps * padded(p.F) + f;
+      for (int64_t k = 0; k < taps; ++k) d_conv[f * taps + k] += conv[k * padded(p.F)];
+      const T* feature = feature_rows.data() + (b * p.F + f) * padded(p.A);
+      for (int64_t a = 0; a < p.A; ++a) d_feature[a * p.F + f] += feature[a];
+    }
+  }
   return results;
 }
 
 template <class T>
 Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, const MaybeTensor& w_query,
-            const MaybeTensor& b_query, const MaybeTensor& w_output, const MaybeTensor& b_output) {
+            const MaybeTensor& b_query, const MaybeTensor& w_output, const MaybeTensor& b_output,
+            const MaybeTensor& w_conv, const MaybeTensor& w_feature) {
   Arguments<T> a(number);
   DecoderProblem<T>& p = a.p;
   if (weights.size() < 2 || weights[0].dim() != 2 || weights[1].dim() != 2) {
@@ -191,7 +209,16 @@ Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, c
   p.D = w_output ? w_output->size(1) - p.H : 0;
   p.context_at = p.attentional_at = -1;
   p.output_hidden_at = p.D;
+  const size_t each = has_bias ? 4 : 2;
+  if (weights.size() > each && weights[each].dim() == 2 && weights[each].size(1) > p.H) {
+    p.order = DecoderOrder::between;
+    p.D = weights[each].size(1) - p.H;
+  }
   a.read_weights(weights, has_bias, w_query, b_query, w_output, b_output);
+  if (w_conv && w_conv->dim() == 3) {
+    p.history = w_conv->size(1) == 2 ? DecoderHistory::both : DecoderHistory::last;
+    a.read_history({}, w_conv, w_feature, {});
+  }
   const DecoderKernels<T>& k = kernels<T>();
   Tensor packed = torch::stable::new_empty(weights[0], {k.packed_size(int(number), p)});
   p.packed = packed.mutable_data_ptr<T>();
@@ -203,9 +230,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_fwd_cpu(
     int64_t cell, std::vector<int64_t> options, double scale, Tensor input, Tensor keys, MaybeTensor packed_keys,
     Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0, MaybeTensor c0, MaybeTensor context0,
     MaybeTensor attentional0, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query, MaybeTensor b_query,
-    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, MaybeTensor owners, bool save) {
-  const Given given{options,      scale,   input,    keys,    values,  lengths, mask,     h0,       c0,     context0,
-                    attentional0, weights, has_bias, w_query, b_query, v,       w_output, b_output, &owners};
+    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor history0, MaybeTensor w_conv,
+    MaybeTensor w_feature, MaybeTensor fertility, MaybeTensor packed, MaybeTensor owners, bool save) {
+  const Given given{options,  scale,    input,        keys,    values,    lengths,   mask,    h0,
+                    c0,       context0, attentional0, weights, has_bias,  w_query,   b_query, v,
+                    w_output, b_output, history0,     w_conv,  w_feature, fertility, &owners};
   if (owners && save) fail("owners: expected None with save, as backward has none");
   return with_dtype(input, [&](auto t) { return forward<decltype(t)>(cell, given, packed_keys, packed, save); });
 }
@@ -214,12 +243,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decoder_generate_cpu(
     int64_t cell, std::vector<int64_t> options, double scale, Tensor embedding, Tensor keys, MaybeTensor packed_keys,
     Tensor values, MaybeTensor lengths, MaybeTensor mask, MaybeTensor h0, MaybeTensor c0, MaybeTensor context0,
     MaybeTensor attentional0, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query, MaybeTensor b_query,
-    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor packed, MaybeTensor owners,
-    MaybeTensor w_predict, MaybeTensor b_predict, Tensor start, int64_t end, int64_t max_length) {
+    MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor history0, MaybeTensor w_conv,
+    MaybeTensor w_feature, MaybeTensor fertility, MaybeTensor packed, MaybeTensor owners, MaybeTensor w_predict,
+    MaybeTensor b_predict, Tensor start, int64_t end, int64_t max_length) {
   const MaybeTensor first = start;
-  const Given given{options, scale, embedding, keys,         values,  lengths,  mask,
-                    h0,      c0,    context0,  attentional0, weights, has_bias, w_query,
-                    b_query, v,     w_output,  b_output,     &owners, &first,   max_length};
+  const Given given{options,  scale,        embedding, keys,      values,  lengths, mask,      h0,       c0,
+                    context0, attentional0, weights,   has_bias,  w_query, b_query, v,         w_output, b_output,
+                    history0, w_conv,       w_feature, fertility, &owners, &first,  max_length};
   return with_dtype(embedding, [&](auto t) {
     return generate<decltype(t)>(cell, given, packed_keys, packed, w_predict, b_predict, end);
   });
@@ -230,11 +260,14 @@ std::vector<Tensor> decoder_bwd_cpu(int64_t cell, std::vector<int64_t> options, 
                                     MaybeTensor c0, MaybeTensor context0, MaybeTensor attentional0,
                                     std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query,
                                     MaybeTensor b_query, MaybeTensor v, MaybeTensor w_output, MaybeTensor b_output,
-                                    Tensor hidden, Tensor contexts, Tensor found, MaybeTensor attentional,
-                                    Tensor reserve, MaybeTensor d_hidden, MaybeTensor d_c_n, MaybeTensor d_contexts,
-                                    MaybeTensor d_weights, MaybeTensor d_attentional, bool need_input) {
-  const Given given{options,  scale,        input,   keys,     values,  lengths, mask, h0,       c0,
-                    context0, attentional0, weights, has_bias, w_query, b_query, v,    w_output, b_output};
+                                    MaybeTensor history0, MaybeTensor w_conv, MaybeTensor w_feature,
+                                    MaybeTensor fertility, Tensor hidden, Tensor contexts, Tensor found,
+                                    MaybeTensor attentional, Tensor reserve, MaybeTensor d_hidden, MaybeTensor d_c_n,
+                                    MaybeTensor d_contexts, MaybeTensor d_weights, MaybeTensor d_attentional,
+                                    bool need_input) {
+  const Given given{options,  scale,    input,        keys,    values,    lengths,  mask,    h0,
+                    c0,       context0, attentional0, weights, has_bias,  w_query,  b_query, v,
+                    w_output, b_output, history0,     w_conv,  w_feature, fertility};
   return with_dtype(input, [&](auto t) {
     return backward<decltype(t)>(cell, given, hidden, contexts, found, attentional, reserve, d_hidden, d_c_n,
                                  d_contexts, d_weights, d_attentional, need_input);
@@ -242,10 +275,11 @@ std::vector<Tensor> decoder_bwd_cpu(int64_t cell, std::vector<int64_t> options, 
 }
 
 Tensor decoder_pack_cpu(int64_t cell, std::vector<Tensor> weights, bool has_bias, MaybeTensor w_query,
-                        MaybeTensor b_query, MaybeTensor w_output, MaybeTensor b_output) {
+                        MaybeTensor b_query, MaybeTensor w_output, MaybeTensor b_output, MaybeTensor w_conv,
+                        MaybeTensor w_feature) {
   if (weights.empty()) fail("weights: expected tensors, got an empty list");
   return with_dtype(weights[0], [&](auto t) {
-    return pack<decltype(t)>(cell, weights, has_bias, w_query, b_query, w_output, b_output);
+    return pack<decltype(t)>(cell, weights, has_bias, w_query, b_query, w_output, b_output, w_conv, w_feature);
   });
 }
 

@@ -14,8 +14,12 @@ namespace seqattn {
 
 inline constexpr int64_t kDecoderRows = 8;  // of a tile at most: what a panel of three vectors multiplies at a time
 
-enum class DecoderOrder : int { bahdanau, luong };  // attend with h of the step before, then update; or the reverse
+// Attend with h of the step before, then update; update, then attend with the new h; or the first layer updates and
+// attends, and the others see its h beside the context.
+enum class DecoderOrder : int { bahdanau, luong, between };
 enum class DecoderScore : int { additive, dot };
+// Which earlier weights the scores know of: none, the last, the last and the sum of all, or that sum.
+enum class DecoderHistory : int { none, last, both, sum };
 enum class Activation : int { tanh, none };
 
 template <class T>
@@ -24,7 +28,8 @@ struct LayerWeights {
 };
 
 // Shapes: input [B, T, I], h0 and c0 [L, B, H], context0 [B, D], attentional0 [B, M], contexts [B, T, D], weights
-// [B, T, S], hidden [L, B, T, H], attentional [B, T, M], reserve [L, B, T, saved * padded(H)], all contiguous.
+// [B, T, S], hidden [L, B, T, H], attentional [B, T, M], reserve [L, B, T, saved * padded(H)], history0 [B, C, S], all
+// contiguous.
 template <class T>
 struct DecoderProblem {
   DecoderOrder order;
@@ -34,7 +39,14 @@ struct DecoderProblem {
   // Columns of the input, the context and the attentional vector in w_ih of the first layer (-1: not fed), which has
   // `width` of them; of context and h in w_output.
   int64_t width, input_at, context_at, attentional_at, output_context_at, output_hidden_at;
-  T scale;                         // of dot scores
+  int64_t second_context;  // columns of the context in w_ih of the second layer, after those of h; 0: it isn't there
+  T scale;                 // of dot scores
+  // Additive scores have a term of features, the convolution of C channels of earlier weights (last, then sum).
+  DecoderHistory history;
+  bool history_gradient;  // whether gradients reach earlier weights through it
+  int64_t C, F, window;
+  const T *w_conv, *w_feature;     // [F, C, window], [A, F]
+  const T *history0, *fertility;   // the sum adds weights / fertility [rows of keys, S]; null: zeros, ones
   AttentionArgs<T> attention;      // keys, values, v, lengths and mask; results of all steps; query is the kernel's own
   const LayerWeights<T>* weights;  // [layers]
   const T *w_query, *b_query, *w_output, *b_output;  // [A, H], [A], [M, D + H], [M]; null: absent
@@ -56,7 +68,9 @@ struct DecoderProblem {
   // Backward; a null gradient coming in is zero, one going out isn't wanted. Weight gradients are added to.
   const T *d_hidden, *d_c_n, *d_contexts, *d_weights, *d_attentional;
   T *d_input, *d_keys, *d_values, *d_h0, *d_c0, *d_context0, *d_attentional0;
-  T* d_v;                     // [B, A] one sum per row
+  T *d_history0, *d_fertility;
+  // One sum per row: [B, A], [B, C, window, padded(F)], [B, F, padded(A)].
+  T *d_v, *d_conv, *d_feature;
   LayerWeights<T>* d_layers;  // pointers to be written through
   T *d_w_query, *d_b_query, *d_w_output, *d_b_output;
 
@@ -69,7 +83,13 @@ struct DecoderProblem {
 
   SEQATTN_HERE int64_t tiles() const { return (B + kDecoderRows - 1) / kDecoderRows; }
   SEQATTN_HERE int64_t tile_begin(int64_t tile) const { return B * tile / tiles(); }
-  SEQATTN_HERE int64_t layer_width(int64_t layer) const { return layer ? H : width; }
+  SEQATTN_HERE int64_t layer_width(int64_t layer) const {
+    return layer == 0 ? width : layer == 1 ? H + second_context : H;
+  }
+  SEQATTN_HERE int64_t query_layer() const { return order == DecoderOrder::between ? 0 : layers - 1; }
+  SEQATTN_HERE bool has_history() const { return history != DecoderHistory::none; }
+  SEQATTN_HERE bool knows_last() const { return history == DecoderHistory::last || history == DecoderHistory::both; }
+  SEQATTN_HERE bool knows_sum() const { return history == DecoderHistory::both || history == DecoderHistory::sum; }
   SEQATTN_HERE T* hidden_of(int64_t layer, int64_t b, int64_t t) const {
     return hidden + ((layer * B + b) * steps + t) * H;
   }

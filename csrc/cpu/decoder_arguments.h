@@ -78,11 +78,11 @@ struct Arguments {
   }
 
   // options: order, score, activation, then where the input, the context and the attentional vector begin in w_ih, and
-  // the context and h in w_output.
+  // the context and h in w_output; history, history_gradient.
   void read_options(const std::vector<int64_t>& options, double scale) {
-    if (options.size() != 8) fail("options: expected 8 numbers, got ", options.size());
-    for (size_t i = 0; i < 3; ++i) {
-      if (options[i] < 0 || options[i] > 1) fail("options[", i, "]: expected 0 or 1, got ", options[i]);
+    if (options.size() != 10) fail("options: expected 10 numbers, got ", options.size());
+    for (const auto& [i, most] : {std::pair<size_t, int64_t>{0, 2}, {1, 1}, {2, 1}, {8, 3}, {9, 1}}) {
+      if (options[i] < 0 || options[i] > most) fail("options[", i, "]: expected 0 to ", most, ", got ", options[i]);
     }
     p.order = DecoderOrder(options[0]);
     p.score = DecoderScore(options[1]);
@@ -92,7 +92,30 @@ struct Arguments {
     p.attentional_at = options[5];
     p.output_context_at = options[6];
     p.output_hidden_at = options[7];
+    p.history = DecoderHistory(options[8]);
+    p.history_gradient = options[9] == 1;
     p.scale = T(scale);
+  }
+
+  // What earlier weights are read with; S, A and the score are known.
+  void read_history(const MaybeTensor& history0, const MaybeTensor& w_conv, const MaybeTensor& w_feature,
+                    const MaybeTensor& fertility) {
+    if (!p.has_history()) {
+      if (history0 || w_conv || w_feature || fertility) fail("history0, w_conv, w_feature, fertility: expected None");
+      return;
+    }
+    if (p.score != DecoderScore::additive) fail("options: expected additive scores with a history");
+    if (fertility && !p.knows_sum()) fail("fertility: expected None, as no sum of weights is kept");
+    if (!w_conv || w_conv->dim() != 3) fail("w_conv: expected [F, C, window]");
+    if (!w_feature) fail("w_feature: expected [A, F], got None");
+    p.C = p.history == DecoderHistory::both ? 2 : 1;
+    p.F = w_conv->size(0);
+    p.window = w_conv->size(2);
+    if (p.window % 2 == 0) fail("w_conv: expected an odd window, got ", shape_of(*w_conv));
+    p.w_conv = take("w_conv", w_conv, {p.F, p.C, p.window});
+    p.w_feature = take("w_feature", w_feature, {p.A, p.F});
+    p.history0 = take("history0", history0, {p.B, p.C, p.S});
+    p.fertility = take("fertility", fertility, {memory_rows, p.S});
   }
 
   void read_weights(const std::vector<Tensor>& weights, bool has_bias, const MaybeTensor& w_query,
@@ -107,6 +130,7 @@ struct Arguments {
     p.M = w_output ? w_output->size(0) : 0;
     p.width = p.I + (p.context_at >= 0 ? p.D : 0) + (p.attentional_at >= 0 ? p.M : 0);
     const int64_t rows = cell.gates * p.H;
+    if (p.order == DecoderOrder::between && p.layers > 1) p.second_context = p.D;
     kept.reserve(kept.size() + weights.size() + 32);
     for (int64_t l = 0; l < p.layers; ++l) {
       const Tensor* w = &weights[size_t(l) * each];
@@ -181,7 +205,7 @@ struct Arguments {
   }
 
   void read_packed_keys(const MaybeTensor& packed) {
-    if (p.score != DecoderScore::additive) return;
+    if (p.score != DecoderScore::additive || p.has_history()) return;
     if (!packed) fail("packed_keys: expected what additive_pack made of keys, got None");
     p.attention.packed = take("packed_keys", *packed, {memory_rows, p.attention.blocks(), packed_rows(p.A), kKeyBlock});
   }
@@ -215,7 +239,7 @@ struct Arguments {
     const double dense_products = double(cell.gates * p.H) * double(p.width + p.H + (p.layers - 1) * 2 * p.H) +
                                   double(p.w_query ? p.A * p.H : 0) + double(p.M * (p.D + p.H)) +
                                   double(p.vocabulary * (p.M ? p.M : p.H));
-    const double row = dense_products + double(p.S) * double(4 * p.A + p.D);
+    const double row = dense_products + double(p.S) * double((4 + p.F) * p.A + p.D + p.F * p.C * p.window);
     const double step = passes * row * double(p.B), total = step * double(p.steps);
     const int64_t most = torch::stable::get_num_threads(), tiles = p.tiles();
     const int64_t useful = std::clamp<int64_t>(int64_t(total / 2e5), 1, most);
@@ -242,6 +266,7 @@ struct Given {
   const std::vector<Tensor>& weights;
   bool has_bias;
   const MaybeTensor &w_query, &b_query, &v, &w_output, &b_output;
+  const MaybeTensor &history0, &w_conv, &w_feature, &fertility;
   const MaybeTensor *owners = nullptr, *start = nullptr;
   int64_t max_length = 0;  // running freely
 };
@@ -273,6 +298,7 @@ void read(Arguments<T>* a, const Given& g) {
   }
   a->read_weights(g.weights, g.has_bias, g.w_query, g.b_query, g.w_output, g.b_output);
   a->read_memory(g.keys, g.values, g.v, g.lengths, g.mask);
+  a->read_history(g.history0, g.w_conv, g.w_feature, g.fertility);
   p.h0 = a->take("h0", g.h0, {p.layers, p.B, p.H});
   p.c0 = a->take("c0", g.c0, {p.layers, p.B, p.H});
   p.context0 = a->take("context0", g.context0, {p.B, p.D});

@@ -80,8 +80,11 @@ struct BackwardWeights {
   static constexpr int kMaxLayers = 16;
   Layer layers[kMaxLayers];
   ColumnPanels<T> input, context, attentional;  // parts of W_ih of the first layer
+  ColumnPanels<T> second_context;               // of the second
   ColumnPanels<T> query, output_context, output_hidden;
   T *forward_query, *forward_query_bias;  // as forward multiplies it
+  HistoryWeights<T> history;
+  T *feature_t, *conv_t;  // U transposed [A][padded F], the convolution [F][padded C * window]
   // Gradients of a chunk, transposed: of the gates, the query and the output projection. Apart, since a thread's rows
   // of one are not its rows of another.
   T *gates, *queries, *outputs, *end;
@@ -97,6 +100,7 @@ struct BackwardWeights {
     if (p.d_input) input = ColumnPanels<T>(depth, p.I, &at);
     if (p.context_at >= 0) context = ColumnPanels<T>(depth, p.D, &at);
     if (p.attentional_at >= 0) attentional = ColumnPanels<T>(depth, p.M, &at);
+    if (p.second_context) second_context = ColumnPanels<T>(depth, p.D, &at);
     if (p.w_query) query = ColumnPanels<T>(p.A, p.H, &at);
     if (p.M) {
       output_context = ColumnPanels<T>(p.M, p.D, &at);
@@ -105,7 +109,10 @@ struct BackwardWeights {
     forward_query = at;
     forward_query_bias = forward_query + (p.w_query ? padded(p.A) * p.H : 0);
     ld_t = row_stride(kDecoderRows * p.chunk_steps);
-    gates = forward_query_bias + (p.w_query ? padded(p.A) : 0);
+    history = HistoryWeights<T>(p, forward_query_bias + (p.w_query ? padded(p.A) : 0));
+    feature_t = history.end;
+    conv_t = feature_t + (p.has_history() ? p.A * padded(p.F) : 0);
+    gates = conv_t + p.F * padded(p.C * p.window);
     queries = gates + Cell::kSlots * padded(p.H) * ld_t;
     outputs = queries + (p.w_query ? padded(p.A) * ld_t : 0);
     end = outputs + padded(p.M) * ld_t;
@@ -121,8 +128,14 @@ struct BackwardWeights {
     for (int64_t l = 0; l < p.layers; ++l) {
       const LayerWeights<T>& w = p.weights[l];
       layers[l].hh.pack([&](int64_t k) { return slot_row(w.w_hh, p.H, 0, k, &Cell::h_gate, kHSlot); }, gang);
-      if (l) layers[l].below.pack([&](int64_t k) { return slot_row(w.w_ih, p.H, 0, k, &Cell::x_gate, 0); }, gang);
+      const int64_t ld = p.layer_width(l);
+      if (l) layers[l].below.pack([&](int64_t k) { return slot_row(w.w_ih, ld, 0, k, &Cell::x_gate, 0); }, gang);
     }
+    if (p.second_context) {
+      const int64_t ld = p.layer_width(1);
+      second_context.pack([&](int64_t k) { return slot_row(p.weights[1].w_ih, ld, p.H, k, &Cell::x_gate, 0); }, gang);
+    }
+    if (p.has_history() && gang.rank == 0) pack_history(p);
     const auto first_layer = [&](const ColumnPanels<T>& panels, int64_t column) {
       if (panels.data == nullptr) return;
       panels.pack([&](int64_t k) { return slot_row(p.weights[0].w_ih, p.width, column, k, &Cell::x_gate, 0); }, gang);
@@ -141,6 +154,17 @@ struct BackwardWeights {
       output_hidden.pack([&](int64_t k) { return p.w_output + k * ld + p.output_hidden_at; }, gang);
     }
   }
+
+ private:
+  void pack_history(const DecoderProblem<T>& p) const {
+    history.pack(p);
+    const int64_t taps = p.C * p.window, ld_taps = padded(taps), ld = history.ld_conv;
+    __builtin_memset(feature_t, 0, std::size_t(gates - feature_t) * sizeof(T));
+    for (int64_t f = 0; f < p.F; ++f) {
+      for (int64_t a = 0; a < p.A; ++a) feature_t[a * ld + f] = p.w_feature[a * p.F + f];
+      for (int64_t k = 0; k < taps; ++k) conv_t[f * ld_taps + k] = p.w_conv[f * taps + k];
+    }
+  }
 };
 
 // Scratch of one tile. Rows of a chunk are numbered [batch row][step of the chunk].
@@ -154,6 +178,11 @@ struct BackwardTile {
   // Additive scores, by batch row and column block: e^2x, tanh x or x of queries and keys, sums of gradients.
   T *q, *k, *dk, *dv;
   int8_t* slope;
+  // Scores that know of earlier weights: channels of a chunk's rows; of a step, by batch row and key: features,
+  // gradients of the sums under tanh, of features, of what the convolution multiplied; then what the steps after pass
+  // back.
+  T *channels, *features, *d_sums, *d_features, *d_taps, *d_channels, *passed;
+  int64_t ld_channels, ld_features, ld_sums, ld_taps;
   T* end;
 
   BackwardTile(const DecoderProblem<T>& p, T* data) {
@@ -166,7 +195,11 @@ struct BackwardTile {
     ld_output = row_stride(p.M);
     ld_query = row_stride(p.A);
     ld_source = round_up(p.S, kKeyBlock) + kKeyBlock;
-    const bool additive = p.score == DecoderScore::additive;
+    const bool additive = p.score == DecoderScore::additive && !p.has_history();
+    ld_channels = p.C * channel_stride(p);
+    ld_features = padded(p.F);
+    ld_sums = padded(p.A);
+    ld_taps = padded(p.C * p.window);
     T* at = data;
     auto take = [&](int64_t values) {
       T* start = at;
@@ -183,12 +216,20 @@ struct BackwardTile {
     fed_context = take(n * ld_context);
     fed_output = take(n * ld_output);
     d_weights = take(n * ld_source);
-    d_scores = take(additive ? 0 : rows * ld_source);
+    d_scores = take(p.score == DecoderScore::dot ? rows * ld_source : 0);
     q = take(additive ? n * columns * p.chunk_steps * W : 0);
     k = take(additive ? n * columns * p.S * W : 0);
     dk = take(additive ? n * columns * p.S * W : 0);
     dv = take(additive ? n * columns * W : 0);
     slope = reinterpret_cast<int8_t*>(take(additive ? ceil_div(n * columns, int64_t(sizeof(T))) : 0));
+    const int64_t keys = p.has_history() ? n * p.S : 0;
+    channels = take(rows * ld_channels);
+    features = take(keys * ld_features);
+    d_sums = take(keys * ld_sums);
+    d_features = take(keys * ld_features);
+    d_taps = take(p.history_gradient ? keys * ld_taps : 0);
+    d_channels = take(n * ld_channels);
+    passed = take(p.has_history() ? n * 2 * ld_source : 0);
     end = at;
   }
 };
@@ -223,6 +264,7 @@ void decoder_backward_scratch(DecoderProblem<T>* p) {
 }  // namespace
 }  // namespace seqattn::SEQATTN_ISA
 
+#include "decoder_backward_history.h"
 #include "decoder_backward_rows.h"
 #include "decoder_backward_step.h"
 #include "decoder_backward_weights.h"

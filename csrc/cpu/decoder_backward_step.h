@@ -11,7 +11,11 @@ class DecoderBackward : TileRows<Cell, T> {
   // team: the threads that work on this tile.
   DecoderBackward(const DecoderProblem<T>& problem, const BackwardWeights<Cell, T>& weights, int64_t tile, T* shared,
                   T* own, Gang& team)
-      : TileRows<Cell, T>(problem, tile, shared), w_(weights), team_(team), own_(problem, own) {
+      : TileRows<Cell, T>(problem, tile, shared),
+        w_(weights),
+        team_(team),
+        own_(problem, own),
+        history_(problem, weights, tile, shared, team_) {
     const Groups units(vectors_of<T>(p_.H));
     int64_t begin, end;
     team_.share(units.groups, &begin, &end);
@@ -20,6 +24,7 @@ class DecoderBackward : TileRows<Cell, T> {
   }
 
   void begin() {
+    if (p_.has_history()) history_.begin();
     int64_t begin, end;
     team_.share(n_, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
@@ -50,25 +55,28 @@ class DecoderBackward : TileRows<Cell, T> {
     team_.barrier();
     project_queries();
     team_.barrier();
-    if (p_.score == DecoderScore::additive) begin_keys();
+    const bool sums_keys = p_.score == DecoderScore::additive && !p_.has_history();
+    if (sums_keys) begin_keys();
+    if (p_.has_history()) history_.begin_chunk(t0, t1);
     for (int64_t t = t1 - 1; t >= t0; --t) {
       gather_outputs(t);
-      if (p_.order == DecoderOrder::bahdanau) {
-        cells(t);
-        attention(t);
-      } else {
-        attention(t);
-        cells(t);
+      // Layers that updated after the look come before it.
+      const int64_t looked = p_.order == DecoderOrder::bahdanau ? -1 : p_.query_layer();
+      for (int64_t l = p_.layers - 1; l >= 0; --l) {
+        if (l == looked) attention(t);
+        cells(l, t);
       }
+      if (looked < 0) attention(t);
     }
     team_.barrier();
-    if (p_.score == DecoderScore::additive) end_keys();
+    if (sums_keys) end_keys();
     source_gradients();
     if (p_.d_input) input_gradients();
   }
 
   void finish() {
     team_.barrier();
+    if (p_.has_history()) history_.finish();
     int64_t begin, end;
     team_.share(n_, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
@@ -91,7 +99,7 @@ class DecoderBackward : TileRows<Cell, T> {
 
   // The queries of the chunk, for this thread's columns.
   void project_queries() {
-    const int64_t lag = p_.order == DecoderOrder::bahdanau, top = p_.layers - 1;
+    const int64_t lag = p_.order == DecoderOrder::bahdanau, top = p_.query_layer();
     const Groups groups(vectors_of<T>(p_.A));
     int64_t begin, end;
     team_.share(groups.groups, &begin, &end);
@@ -190,7 +198,7 @@ class DecoderBackward : TileRows<Cell, T> {
     for (int64_t i = 0; i < n_; ++i) {
       for (int64_t c = groups.begin(begin) * W; c < groups.begin(end) * W; c += W) {
         Vec<T> d{};
-        if (p_.order == DecoderOrder::luong) d = load(s_.fed_context + i * s_.ld_context + c);
+        if (p_.order != DecoderOrder::bahdanau) d = load(s_.fed_context + i * s_.ld_context + c);
         if (p_.d_contexts) d += load_partial(p_.d_contexts + ((b0_ + i) * p_.steps + t) * p_.D + c, p_.D - c);
         store(s_.d_context + row(i, t) * s_.ld_context + c, d);
       }
@@ -203,24 +211,25 @@ class DecoderBackward : TileRows<Cell, T> {
     w_.output_hidden.multiply(s_.dh + (p_.layers - 1) * n_ * s_.ld_h, s_.ld_h, d, ld, n_, true, team_);
   }
 
-  void cells(int64_t t) {
-    for (int64_t l = p_.layers - 1; l >= 0; --l) {
-      for (int64_t i = 0; i < n_; ++i) {
-        for (int64_t unit = unit_begin_; unit < unit_end_; unit += W) cell_gradients(l, i, t, unit);
-      }
-      team_.barrier();
-      const T *x = grad(l, 0, t), *h = x + kHSlot * padded(p_.H);
-      const int64_t ld = steps_ * s_.ld_grad;
-      if (t > 0 || p_.d_h0) {
-        w_.layers[l].hh.multiply(s_.dh + l * n_ * s_.ld_h, s_.ld_h, h, ld, n_, true, team_);
-      }
-      if (l) w_.layers[l].below.multiply(s_.dh + (l - 1) * n_ * s_.ld_h, s_.ld_h, x, ld, n_, true, team_);
+  void cells(int64_t l, int64_t t) {
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t unit = unit_begin_; unit < unit_end_; unit += W) cell_gradients(l, i, t, unit);
     }
-    const T* x = grad(0, 0, t);
+    team_.barrier();
+    const T *x = grad(l, 0, t), *h = x + kHSlot * padded(p_.H);
     const int64_t ld = steps_ * s_.ld_grad;
+    if (t > 0 || p_.d_h0) {
+      w_.layers[l].hh.multiply(s_.dh + l * n_ * s_.ld_h, s_.ld_h, h, ld, n_, true, team_);
+    }
+    T* d_context = s_.d_context + row(0, t) * s_.ld_context;
+    if (l) w_.layers[l].below.multiply(s_.dh + (l - 1) * n_ * s_.ld_h, s_.ld_h, x, ld, n_, true, team_);
+    if (l == 1 && p_.second_context) {
+      w_.second_context.multiply(d_context, steps_ * s_.ld_context, x, ld, n_, true, team_);
+    }
+    if (l) return;
     if (p_.context_at >= 0) {
       if (p_.order == DecoderOrder::bahdanau) {
-        w_.context.multiply(s_.d_context + row(0, t) * s_.ld_context, steps_ * s_.ld_context, x, ld, n_, true, team_);
+        w_.context.multiply(d_context, steps_ * s_.ld_context, x, ld, n_, true, team_);
       } else {
         w_.context.multiply(s_.fed_context, s_.ld_context, x, ld, n_, false, team_);
       }
@@ -266,7 +275,12 @@ class DecoderBackward : TileRows<Cell, T> {
     team_.barrier();
     score_gradients(t);
     team_.barrier();
-    T* dh = s_.dh + (p_.layers - 1) * n_ * s_.ld_h;
+    if (p_.has_history()) {
+      for_each_block([&](int64_t i, int64_t s, int64_t rows) { history_.feature_gradients(i, s, rows); });
+      team_.barrier();
+      history_.channel_gradients(t);
+    }
+    T* dh = s_.dh + p_.query_layer() * n_ * s_.ld_h;
     const T* d = s_.d_query + row(0, t) * s_.ld_query;
     if (p_.w_query) {
       w_.query.multiply(dh, s_.ld_h, d, steps_ * s_.ld_query, n_, true, team_);
@@ -280,23 +294,35 @@ class DecoderBackward : TileRows<Cell, T> {
     }
   }
 
-  // Gradients of the weights: values times the context's gradient.
-  void weight_scores(int64_t t) {
+  // Calls body(batch row, first key, number of keys) for this thread's blocks of keys that may be attended to.
+  template <class F>
+  void for_each_block(F&& body) const {
     const int64_t blocks = p_.attention.blocks();
     int64_t begin, end;
     team_.share(n_ * blocks, &begin, &end);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / blocks, b = b0_ + i, length = p_.attention.length(b);
+      const int64_t i = item / blocks, first = item % blocks * kKeyBlock;
+      const int64_t left = p_.attention.length(b0_ + i) - first;
+      if (left > 0) body(i, first, left < kKeyBlock ? left : kKeyBlock);
+    }
+  }
+
+  // Gradients of the weights: values times the context's gradient, and what comes from outside and later steps.
+  void weight_scores(int64_t t) {
+    for_each_block([&](int64_t i, int64_t first, int64_t count) {
+      const int64_t b = b0_ + i, end = first + count;
       const T* d = s_.d_context + row(i, t) * s_.ld_context;
       T* out = s_.d_weights + i * s_.ld_source;
-      const int64_t first = item % blocks * kKeyBlock;
-      for (int64_t s = first; s < first + kKeyBlock && s < length; s += W) {
-        store(out + s,
-              p_.d_weights ? load_partial(p_.d_weights + (b * p_.steps + t) * p_.S + s, length - s) : Vec<T>{});
+      if (p_.has_history()) history_.features(i, t, first, count);
+      for (int64_t s = first; s < end; s += W) {
+        Vec<T> sum{};
+        if (p_.d_weights) sum = load_partial(p_.d_weights + (b * p_.steps + t) * p_.S + s, end - s);
+        if (p_.has_history() && p_.history_gradient) sum += history_.passed(i, t, s, end - s);
+        store(out + s, sum);
         const DotProduct<T> product{d, p_.D, p_.attention.values + (b * p_.S + s) * p_.D, p_.D};
-        multiply_dots(out + s, W, &product, 1, 1, length - s < W ? length - s : W);
+        multiply_dots(out + s, W, &product, 1, 1, end - s < W ? end - s : W);
       }
-    }
+    });
   }
 
   // d_scores = w * (d_w - sum(w * d_w)) of batch row i, into this thread's row.
@@ -305,7 +331,7 @@ class DecoderBackward : TileRows<Cell, T> {
     const T* dw = s_.d_weights + i * s_.ld_source;
     Vec<T> sums{};
     for (int64_t s = 0; s < length; s += W) sums += load_partial(w + s, length - s) * load_partial(dw + s, length - s);
-    const Vec<T> sum = broadcast(sum_by_halves<T>(sums));
+    const Vec<T> sum = sum_all<T>(sums);
     for (int64_t s = 0; s < length; s += W) {
       store(own_.scores + s, load_partial(w + s, length - s) * (load_partial(dw + s, length - s) - sum));
     }
@@ -319,6 +345,10 @@ class DecoderBackward : TileRows<Cell, T> {
       T* out = s_.d_query + row(i, t) * s_.ld_query + a;
       if (ready != i) softmax_gradient(i, t, length);
       ready = i;
+      if (p_.has_history()) {
+        store(out, history_.column(i, a, length, s_.query + row(i, t) * s_.ld_query + a, own_.scores));
+        return;
+      }
       T dq[W] = {};
       Columns<T> c{s_.q + (item * p_.chunk_steps + t - t0_) * W, s_.k + item * p_.S * W, dq, s_.dk + item * p_.S * W,
                    load(s_.dv + item * W)};
@@ -419,6 +449,7 @@ class DecoderBackward : TileRows<Cell, T> {
   const BackwardWeights<Cell, T>& w_;
   Gang& team_;
   const BackwardThread<T> own_;
+  HistoryBackward<Cell, T> history_;
   int64_t unit_begin_, unit_end_;
 };
 

@@ -17,7 +17,7 @@ class DecoderWeightGradients : TileRows<Cell, T> {
     steps_ = t1 - t0;
     constexpr int kHSlot = Cell::kSlots - Cell::kGates;
     const int64_t width = padded(p_.H), rows = n_ * steps_;
-    const int64_t top = p_.layers - 1;
+    const int64_t top = p_.layers - 1, asking = p_.query_layer();
     for (int64_t l = 0; l < p_.layers; ++l) {
       int64_t begin, end;
       share_vectors(p_.H, gang, &begin, &end);
@@ -45,13 +45,17 @@ class DecoderWeightGradients : TileRows<Cell, T> {
       };
       gates(d.w_hh, p_.H, 0, p_.H, kHSlot, &Cell::h_gate, [&](int64_t i, int64_t t) { return state(l, i, t - 1); });
       if (l) {
-        gates(d.w_ih, p_.H, 0, p_.H, 0, &Cell::x_gate, [&](int64_t i, int64_t t) { return state(l - 1, i, t); });
+        const int64_t ld = p_.layer_width(l);
+        gates(d.w_ih, ld, 0, p_.H, 0, &Cell::x_gate, [&](int64_t i, int64_t t) { return state(l - 1, i, t); });
+        if (ld > p_.H) {
+          gates(d.w_ih, ld, p_.H, p_.D, 0, &Cell::x_gate, [&](int64_t i, int64_t t) { return context(i, t); });
+        }
         continue;
       }
       gates(d.w_ih, p_.width, p_.input_at, p_.I, 0, &Cell::x_gate,
             [&](int64_t i, int64_t t) { return p_.input + ((b0_ + i) * p_.steps + t) * p_.I; });
       if (p_.context_at >= 0) {
-        const int64_t lag = p_.order == DecoderOrder::luong;
+        const int64_t lag = p_.order != DecoderOrder::bahdanau;
         gates(d.w_ih, p_.width, p_.context_at, p_.D, 0, &Cell::x_gate,
               [&](int64_t i, int64_t t) { return context(i, t - lag); });
       }
@@ -63,7 +67,7 @@ class DecoderWeightGradients : TileRows<Cell, T> {
     if (p_.w_query) {
       const int64_t lag = p_.order == DecoderOrder::bahdanau;
       projection(w_.queries, s_.d_query, s_.ld_query, p_.A, p_.d_w_query, p_.H, 0, p_.H, p_.d_b_query, gang,
-                 [&](int64_t i, int64_t t) { return state(top, i, t - lag); });
+                 [&](int64_t i, int64_t t) { return state(asking, i, t - lag); });
     }
     if (p_.M) {
       const int64_t ld = p_.D + p_.H;

@@ -5,22 +5,28 @@
 #include "attention_scores.h"
 #include "decoder_weights.h"
 #include "decoder_words.h"
+#include "gemm_pair.h"
 
 namespace seqattn::SEQATTN_ISA {
 namespace {
+
+template <class T>
+SEQATTN_INLINE int64_t owner(const DecoderProblem<T>& p, int64_t b) {
+  return p.owners ? p.owners[b] : b;
+}
 
 // What one row of the batch attends to, at step t, as an attention problem of its own.
 template <class T>
 AttentionArgs<T> attention_of(const DecoderProblem<T>& p, int64_t b, int64_t t, const T* query) {
   AttentionArgs<T> args = p.attention;
-  const int64_t owner = p.owners ? p.owners[b] : b;
+  const int64_t own = owner(p, b);
   args.B = args.T_ = 1;
   args.query = query;
-  args.keys += owner * p.S * p.A;
-  if (args.packed) args.packed += owner * args.blocks() * packed_block(p.A);
-  args.values += owner * p.S * p.D;
-  if (args.lengths) args.lengths += owner;
-  if (args.mask_bool) args.mask_bool += owner * args.mask_b;
+  args.keys += own * p.S * p.A;
+  if (args.packed) args.packed += own * args.blocks() * packed_block(p.A);
+  args.values += own * p.S * p.D;
+  if (args.lengths) args.lengths += own;
+  if (args.mask_bool) args.mask_bool += own * args.mask_b;
   args.context += (b * p.steps + t) * p.D;
   args.weights += (b * p.steps + t) * p.S;
   return args;
@@ -45,7 +51,8 @@ struct ForwardTile {
   T *pre, *above, *h, *c, *context, *attentional, *query, *rows, *logits, *end;
   int64_t* words;  // the newest of each row, -1 where it has ended
   int64_t ld_logits;
-  int64_t ld_h, ld_c, ld_context, ld_attentional, ld_query, ld_rows;
+  T* channels;  // [row][C][channel_stride] of earlier weights
+  int64_t ld_h, ld_c, ld_context, ld_attentional, ld_query, ld_rows, ld_channels;
 
   // Pre-activations of the first layer for a chunk of steps [panel][row][step][slot][units], of one above it for one
   // step; h [layer][2][row], c [layer][row], the last context and attentional vector, the query, the scores.
@@ -72,6 +79,8 @@ struct ForwardTile {
     query = take(n * ld_query);
     rows = take(n * ld_rows);
     ld_logits = row_stride(p.vocabulary);
+    ld_channels = p.C * channel_stride(p);
+    channels = take(n * ld_channels);
     logits = take(p.embedding ? n * ld_logits : 0);
     words = reinterpret_cast<int64_t*>(take(n * int64_t(sizeof(int64_t) / sizeof(T))));
     end = at;
@@ -82,6 +91,9 @@ template <class Cell, class T>
 void decoder_forward_scratch(DecoderProblem<T>* p) {
   p->tile_scratch = ForwardTile<Cell, T>(*p, nullptr).end - static_cast<T*>(nullptr);
   p->thread_scratch = forward_scratch(p->attention);
+  // A row of scores, then the features of a block of keys.
+  const int64_t features = round_up(p->S, kKeyBlock) + kKeyBlock + kKeyBlock * padded(p->F);
+  if (p->has_history() && p->thread_scratch < features) p->thread_scratch = features;
 }
 
 template <class Cell, class T>
@@ -107,12 +119,14 @@ class DecoderForward {
     gang_.barrier();
     for (int64_t t = 0; t < p_.steps; ++t) {
       if (t % p_.chunk_steps == 0) project_inputs(t);
-      if (p_.order == DecoderOrder::bahdanau) attend(t);
-      for (int64_t l = 0; l < p_.layers; ++l) update(l, t);
-      now_ = 1 - now_;
-      if (p_.order == DecoderOrder::luong) attend(t);
+      if (p_.order == DecoderOrder::bahdanau) attend(t, before(p_.layers - 1, 0));
+      for (int64_t l = 0; l < p_.layers; ++l) {
+        update(l, t);
+        if (p_.order != DecoderOrder::bahdanau && l == p_.query_layer()) attend(t, after(l, 0));
+      }
       if (p_.M) project_output(t);
       if (p_.embedding && predict(t)) break;
+      now_ = 1 - now_;
     }
     finish();
   }
@@ -146,6 +160,7 @@ class DecoderForward {
       set_row(s_.context + i * s_.ld_context, p_.context0 ? p_.context0 + b * p_.D : nullptr, p_.D, s_.ld_context);
       set_row(s_.attentional + i * s_.ld_attentional, p_.attentional0 ? p_.attentional0 + b * p_.M : nullptr, p_.M,
               s_.ld_attentional);
+      if (p_.has_history()) begin_channels(p_, b, s_.channels + i * s_.ld_channels);
       if (p_.embedding) {
         s_.words[i] = p_.start[b];
         p_.word_count[b] = 0;
@@ -162,6 +177,13 @@ class DecoderForward {
   static void multiply(T* pre, int64_t ld, const T* a, int64_t lda, const T* panel, int64_t depth, int64_t k0,
                        int64_t K, int64_t rows, int64_t units) {
     constexpr int kPart = Layer::kPart;
+    if constexpr (kPairs && Cell::kGates == 2 * kPart && kPart == 2) {
+      if (rows == 1) {  // and one vector of units
+        const T* first = panel + kPart * k0 * W;
+        multiply_pair(pre, pre + kPart * W, a, first, first + kPart * depth * W, K);
+        return;
+      }
+    }
     for (int gate = 0; gate < Cell::kGates; gate += kPart) {
       multiply_panel(pre + gate * units * W, ld, a, lda, panel + (gate * depth + kPart * k0) * units * W, K, rows,
                      int(kPart * units), true);
@@ -212,7 +234,9 @@ class DecoderForward {
         for (int64_t i = 0; i < n_; ++i) {
           for (int64_t k = 0; k < width; k += W) store(pre + i * ld + k, load(layer.bias_panel(p) + k));
         }
-        multiply(pre, ld, after(l - 1, 0), s_.ld_h, ih, p_.H, 0, p_.H, n_, units);
+        const int64_t depth = p_.layer_width(l);
+        multiply(pre, ld, after(l - 1, 0), s_.ld_h, ih, depth, 0, p_.H, n_, units);
+        if (depth > p_.H) multiply(pre, ld, s_.context, s_.ld_context, ih, depth, p_.H, p_.D, n_, units);
       }
       multiply(pre + kHSlot * units * W, ld, before(l, 0), s_.ld_h, layer.hh_panel(p), p_.H, 0, p_.H, n_, units);
       for (int64_t i = 0; i < n_; ++i) {
@@ -238,9 +262,8 @@ class DecoderForward {
     for (int s = 0; s < Cell::kSaved; ++s) store(reserve + s * s_.ld_c, saved[s]);
   }
 
-  // Looks with the newest h of the last layer.
-  void attend(int64_t t) {
-    const T* query = before(p_.layers - 1, 0);
+  // Looks with these h.
+  void attend(int64_t t, const T* query) {
     int64_t ld = s_.ld_h;
     if (p_.w_query) {
       for (int64_t g = query_begin_; g < query_end_; ++g) {
@@ -276,12 +299,33 @@ class DecoderForward {
       const int64_t last = ceil_div(args.length(0), kKeyBlock), stop = j1 < last ? j1 : last;
       if (j0 >= stop) continue;
       T* out = s_.rows + i * s_.ld_rows;
-      if (p_.score == DecoderScore::dot) {
+      if (p_.has_history()) {
+        location_scores(args, s_.channels + i * s_.ld_channels, j0, stop, out);
+      } else if (p_.score == DecoderScore::dot) {
         dot_scores(args, p_.scale, j0, stop, out);
       } else {
         T* block = own_ + s_.ld_rows;
         const TileQueries<T> queries = prepare_queries(args, 0, 0, 1, block + packed_block(p_.A));
         score_blocks(args, queries, 0, 1, j0, stop, out, s_.ld_rows, block);
+      }
+    }
+  }
+
+  // Scores of the keys of blocks [j0, j1), which know of earlier weights.
+  void location_scores(const AttentionArgs<T>& args, const T* channels, int64_t j0, int64_t j1, T* out) {
+    const FeatureTerm<T> term = weights_.history.term(p_);
+    T* features = own_ + s_.ld_rows;
+    const int64_t length = args.length(0), ld = term.ld_features;
+    for (int64_t j = j0; j < j1; ++j) {
+      const int64_t first = j * kKeyBlock, count = length - first < kKeyBlock ? length - first : kKeyBlock;
+      location_features(p_, weights_.history, channels, first, count, features);
+      int64_t s = 0;
+      for (; s + kRows<T> <= count; s += kRows<T>) {
+        score_keys<T, kRows<T>>(term, args.query, args.v, args.keys + (first + s) * p_.A, features + s * ld,
+                                out + first + s);
+      }
+      for (; s < count; ++s) {
+        score_keys<T, 1>(term, args.query, args.v, args.keys + (first + s) * p_.A, features + s * ld, out + first + s);
       }
     }
   }
@@ -300,6 +344,10 @@ class DecoderForward {
         __builtin_memcpy(own_, s_.rows + i * s_.ld_rows, std::size_t(s_.ld_rows) * sizeof(T));
         if (item % chunks) args.weights = nullptr;
         softmax_row(args, 0, 0, own_);
+        if (p_.has_history() && item % chunks == 0) {
+          const T* fertility = p_.fertility ? p_.fertility + owner(p_, b0_ + i) * p_.S : nullptr;
+          extend_channels(p_, args.weights, fertility, s_.channels + i * s_.ld_channels);
+        }
         ready = i;
       }
       if (d0 >= d1) continue;
@@ -326,7 +374,7 @@ class DecoderForward {
       project(out, s_.ld_attentional, weights_.output_bias + first, vectors);
       multiply_panel(out, s_.ld_attentional, s_.context, s_.ld_context, panel + p_.output_context_at * vectors * W,
                      p_.D, n_, int(vectors), true);
-      multiply_panel(out, s_.ld_attentional, before(p_.layers - 1, 0), s_.ld_h,
+      multiply_panel(out, s_.ld_attentional, after(p_.layers - 1, 0), s_.ld_h,
                      panel + p_.output_hidden_at * vectors * W, p_.H, n_, int(vectors), true);
       for (int64_t i = 0; i < n_; ++i) {
         T* kept = p_.attentional + ((b0_ + i) * p_.steps + t) * p_.M + first;
@@ -343,7 +391,7 @@ class DecoderForward {
 
   // Takes the most probable words of step t; whether no row goes on.
   bool predict(int64_t t) {
-    const T* output = p_.M ? s_.attentional : before(p_.layers - 1, 0);
+    const T* output = p_.M ? s_.attentional : after(p_.layers - 1, 0);
     const int64_t K = p_.M ? p_.M : p_.H, ld = p_.M ? s_.ld_attentional : s_.ld_h, V = p_.vocabulary;
     int64_t begin, end;
     if (p_.w_predict) {

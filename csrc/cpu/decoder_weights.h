@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decoder.h"
+#include "decoder_history.h"
 #include "packed_weights.h"
 #include "recurrence_forward.h"
 #include "with_cell.h"
@@ -10,12 +11,15 @@ namespace seqattn::SEQATTN_ISA {
 namespace {
 
 // Every weight of the decoder as the forward pass reads it, in one buffer: the layers' panels, then the projection of
-// the query [group][H][vectors] and its bias, then the output's [group][D + H][vectors] and its bias.
+// the query [group][H][vectors] and its bias, then the output's [group][D + H][vectors] and its bias, then those that
+// earlier weights are read with.
 template <class Cell, class T>
 struct DecoderWeights {
   using Layer = PackedWeights<Cell, T>;
   Groups queries, outputs;
-  T *query, *query_bias, *output, *output_bias, *end;
+  T *query, *query_bias, *output, *output_bias;
+  HistoryWeights<T> history{};
+  T* end;
 
   DecoderWeights(const DecoderProblem<T>& p, T* data)
       : queries(p.w_query ? vectors_of<T>(p.A) : 0), outputs(vectors_of<T>(p.M)), p_(p), data_(data) {
@@ -23,7 +27,8 @@ struct DecoderWeights {
     query_bias = query + (p.w_query ? padded(p.A) * p.H : 0);
     output = query_bias + (p.w_query ? padded(p.A) : 0);
     output_bias = output + padded(p.M) * (p.D + p.H);
-    end = output_bias + padded(p.M);
+    history = HistoryWeights<T>(p, output_bias + padded(p.M));
+    end = history.end;
   }
 
   Layer layer(int64_t l) const { return Layer(sizes(p_, l), data_ + layers_size(p_, l)); }
@@ -76,6 +81,7 @@ void pack_decoder(const DecoderProblem<T>& p, Gang& gang) {
   if (p.M) {
     pack_projection(packed.outputs, packed.output, packed.output_bias, p.w_output, p.b_output, p.M, p.D + p.H, gang);
   }
+  if (p.has_history() && gang.rank == 0) packed.history.pack(p);
 }
 
 }  // namespace

@@ -38,7 +38,49 @@ struct DecoderForward {
   void* contexts;  // T [B][T][D]
   void* weights;   // T [B][T][S] or null
   void *hn, *cn;   // T [B][H]; cn null without a cell state
+  void* saved;     // T [B][T][H][kept], what a unit keeps for backward (recurrence.h), 8-byte aligned; or null
+  float* cells;    // [B][T][H], c after each step; not null where saved is not and the cell has one
 };
+
+// What is a chain in time of the gradients: from h and c through the cell, context, weights and scores to q, and from q
+// and the gates to the h before. Gradients of weights, keys and values follow from those of all steps at once.
+//
+// A step, backward in time: decoder_backward_cell; a product of the gates' gradients with W_context;
+// decoder_backward_attention; a product of d_step with W_hh and W_query, one above the other.
+struct DecoderBackward {
+  int cell;
+  DType dtype;
+  int64_t batch, steps, source, hidden, attention, value;
+  int64_t step_width;  // G * H + A
+
+  const void* saved;  // as forward left them
+  const float* cells;
+  const void *output, *weights;
+  const void* queries;  // T [B][T][A], q of every step, 16-byte aligned
+  const float* v;
+  const void *keys, *values;
+  const int64_t* lengths;
+  const void *h0, *c0;
+  const void *d_output, *d_contexts, *d_weights;  // T, of forward's results, d_contexts 16-byte aligned; or null
+  const void* d_cn;                               // T [B][H] or null
+
+  const float* h_product;        // [B][H], the last product of the step after
+  const float* context_product;  // [B][D], the product before decoder_backward_attention, 16-byte aligned
+  float *dh, *dc;                // [B][H], gradients of h as far as it doesn't pass W_hh or W_query, and of c
+
+  void* d_x_gates;    // T [B][T][G * H], gradients of the gates that the input reaches, in torch's order
+  void* d_step;       // T [B][T][step_width], of those that h reaches, in torch's order, and of q
+  void* d_context;    // T [B][T][D], all of a context's gradient, 16-byte aligned
+  float* d_scores;    // [B][T][S], zero where a weight is
+  void *d_h0, *d_c0;  // T [B][H] or null
+};
+
+// Step t: gradients of the gates from those of the state.
+void decoder_backward_cell(const DecoderBackward& args, int64_t t, void* stream);
+// Step t: gradients of the context, the scores and q, on a device of `sm_count` multiprocessors.
+void decoder_backward_attention(const DecoderBackward& args, int64_t t, int sm_count, void* stream);
+// Of the initial state, after all steps.
+void decoder_backward_finish(const DecoderBackward& args, void* stream);
 
 // For sizes that decoder_why_not (plan.h) has nothing against; `shared_limit`: bytes a block may use. Null on success,
 // else a message (static storage) and nothing launched.

@@ -100,7 +100,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   constexpr int kHSlot = kSlots - kGates, kQueue = Shape::kQueue;
 
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int warp = warp_index(), group = warp / kSplit, split = warp % kSplit;
+  const int warp = warp_index(), split = warp % kSplit;
   const int rank = cluster_rank();
   const int steps = static_cast<int>(args.steps), source = static_cast<int>(args.source);
   const int hidden = static_cast<int>(args.hidden), features = static_cast<int>(args.attention);
@@ -122,7 +122,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   // This block's part in the attention.
   const int parts = kCluster / columns, part = rank % parts, column_served = rank / parts;
   const bool attends = column_served < present;
-  const int64_t sequence_served = first + (attends ? column_served : 0);
+  const int sequence_served = static_cast<int>(first) + (attends ? column_served : 0);
   const int feature_part = part_size(features, parts), feature_begin = part * feature_part;
   const int feature_count = features - feature_begin < feature_part ? features - feature_begin : feature_part;
   const int value_part = part_size(value, parts), value_begin = part * value_part;
@@ -136,11 +136,10 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   const Shared<float> scores = shared_cast<float>(shared + Shape::kScores);
   const Shared<float> total = scores + parts * source_stride;
   const Shared<float> shares = total + source_stride;
-  const bool* mask = args.mask != nullptr ? args.mask + sequence_served * source : nullptr;
 
   // Weights: W_hh in registers, the others' fragments in shared memory.
   uint32_t held[kHiddenPairs][kGates][2][4];
-  const int64_t group_unit = static_cast<int64_t>(rank) * Shape::kUnits + group * kGroupUnits;
+  const int64_t group_unit = static_cast<int64_t>(rank) * Shape::kUnits + warp / kSplit * kGroupUnits;
   {
     const bool vectors = hidden % kPiece == 0;
     const T* w_hh = static_cast<const T*>(args.w_hh);
@@ -214,14 +213,14 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   }
 
   const int state_bytes = Shape::kHiddenPieces * 16 * present;
-  const int query_bytes = feature_count > 0 ? feature_count * 4 : 0;
+  const auto query_bytes = [&] { return keep(feature_count > 0 ? feature_count : 0) * 4; };
   const int scores_bytes = parts * ((length + 3) / 4) * 16;
   const int context_bytes = value / kPiece * 16 * present;
   if (thread_index() == 0) {
     for (int i = 0; i < 5; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     if (steps > 0) {
-      barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes);
+      barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes());
       barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes);
       barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
     }
@@ -231,29 +230,20 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   cluster_sync();
 
   // This lane's unit (and feature of W_query) and column.
-  const int unit = static_cast<int>(group_unit) + g + 8 * (split / 2);
+  const int group = keep(warp) / kSplit;
+  const int unit = rank * Shape::kUnits + group * kGroupUnits + g + 8 * (split / 2);
   const int column = 2 * q + split % 2;
-  const int own_piece = static_cast<int>(group_unit / kPiece) + (8 * (split / 2) + g) / kPiece;
   const bool present_column = column < present, live = present_column && unit < hidden;
-  const int64_t sequence = first + column;
-  float h = 0, c = 0, bias[kSlots], x_next[kGates];
-  SEQATTN_UNROLL
-  for (int slot = 0; slot < kSlots; ++slot) {
-    bias[slot] =
-        args.bias != nullptr && unit < hidden ? static_cast<const float*>(args.bias)[slot * hidden + unit] : 0.f;
-  }
-  const float query_bias = args.b_query != nullptr && unit < features ? args.b_query[unit] : 0.f;
+  const int sequence = static_cast<int>(first) + column;
+  const auto state_at = [&] { return static_cast<int64_t>(keep(sequence)) * hidden + unit; };
+  float h = 0, c = 0;
   if (live) {
-    if (h0 != nullptr) h = to_float(h0[sequence * hidden + unit]);
-    if (Cell::kHasCell && args.c0 != nullptr) c = to_float(static_cast<const T*>(args.c0)[sequence * hidden + unit]);
+    if (h0 != nullptr) h = to_float(h0[state_at()]);
+    if (Cell::kHasCell && args.c0 != nullptr) c = to_float(static_cast<const T*>(args.c0)[state_at()]);
   }
-  const T* x_gates = static_cast<const T*>(args.x_gates) + (live ? sequence * args.x_batch + unit : 0);
-  SEQATTN_UNROLL
-  for (int gate = 0; gate < kGates; ++gate) x_next[gate] = live ? to_float(x_gates[gate * hidden]) : 0.f;
 
   // The part that needs this lane's feature of q.
   const int query_owner = unit / feature_part < parts ? unit / feature_part : parts - 1;
-  const int query_at = Shape::kQuery + (unit - query_owner * feature_part) * 4;
 
   // Keys of the attention: `key_lanes` lanes share four that follow each other, eight features each; `key_stride` such
   // fours are looked at together, this lane's n-th is key_first + n * key_stride. Likewise values, one by one.
@@ -265,32 +255,30 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   // Loads are never conditional, so that they stay under way: past the end they read the last key (value), and lanes
   // without a feature (value column) read the first.
   const int last = length > 0 ? length - 1 : 0;
-  const T* keys = static_cast<const T*>(args.keys) + sequence_served * source * features +
+  const T* keys = static_cast<const T*>(args.keys) + static_cast<int64_t>(sequence_served) * source * features +
                   (key_column < feature_count ? feature_begin + key_column : 0);
-  const T* values = static_cast<const T*>(args.values) + sequence_served * source * value +
+  const T* values = static_cast<const T*>(args.values) + static_cast<int64_t>(sequence_served) * source * value +
                     (value_column < value_count ? value_begin + value_column : 0);
   const int fours = (length + 3) / 4, key_turns = attends ? (fours + key_stride - 1) / key_stride : 0;
   const int value_turns = attends ? (length + value_stride - 1) / value_stride : 0;
   const auto key_at = [&](int n) {
-    const int s = 4 * (key_first + n / 4 * key_stride) + n % 4;
-    return reinterpret_cast<const Words4*>(keys + static_cast<int64_t>(s < last ? s : last) * features);
+    const int s = 4 * (keep(key_first) + n / 4 * key_stride) + n % 4;
+    return reinterpret_cast<const Words4*>(row_at(keys, s < last ? s : last, features * 2));
   };
   const auto value_at = [&](int n) {
-    const int s = value_first + n * value_stride;
-    return reinterpret_cast<const Words4*>(values + static_cast<int64_t>(s < last ? s : last) * value);
+    const int s = keep(value_first) + n * value_stride;
+    return reinterpret_cast<const Words4*>(row_at(values, s < last ? s : last, value * 2));
   };
 
   for (int t = 0; t < steps; ++t) {
     const int parity = t & 1;
+    // Zero, which the assembler can't know: what it is added to is found anew at each step, where it would be carried
+    // through the loop in registers that there aren't.
+    const int zero = (steps - 1 - t) >> 31;
     Words4 queue[kQueue];
     SEQATTN_UNROLL
     for (int n = 0; n < kQueue; ++n) queue[n] = load(key_at(n));
-    float x[kGates];
-    SEQATTN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
-      x[gate] = x_next[gate];
-      if (live && t + 1 < steps) x_next[gate] = to_float(x_gates[(t + 1) * args.x_step + gate * hidden]);
-    }
+    const float query_bias = args.b_query != nullptr && unit < features ? args.b_query[unit] : 0.f;
     if (t > 0) {
       barrier_wait(barriers + Shape::kStateCame + parity, static_cast<uint32_t>((t - 1) >> 1) & 1);
       if (thread_index() == 0 && t + 2 < steps)
@@ -313,9 +301,10 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           Operand<T>::multiply(sum[i], a, pair);
         }
       }
-      const Shared<float> sent = shared_cast<float>(shared + Shape::kQueryParts) + lane;
+      const Shared<float> sent = shared_cast<float>(shared + Shape::kQueryParts) + lane + zero;
+      const int first_of_group = (group + zero) * kSplit;
       const auto part_of = [&](int to, int from) {
-        return sent + ((group * kSplit + to) * (kSplit - 1) + from - 1) * 32;
+        return sent + ((first_of_group + to) * (kSplit - 1) + from - 1) * 32;
       };
       float own = 0;
       SEQATTN_UNROLL
@@ -333,8 +322,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       // Four features of a column, four lanes apart, in one message.
       own += query_bias;
       const Vec<float, 4> four = gather_four(own, lane, 4);
-      if (g % 4 == 0 && present_column && unit < features) {
-        const Remote<unsigned char> query_peer = map_shared(shared, column * parts + query_owner);
+      if (g % 4 == 0 && present_column && unit + zero < features) {
+        const int owner = query_owner + zero, query_at = Shape::kQuery + (unit - owner * feature_part) * 4;
+        const Remote<unsigned char> query_peer = map_shared(shared, column * parts + owner);
         store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), four,
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
       }
@@ -353,36 +343,32 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
     if (attends) {
       // Where nothing comes there is no waiting: a phase without bytes would end before all threads have seen the last.
-      if (query_bytes > 0) {
+      if (feature_count > 0) {
         barrier_wait(barriers + Shape::kQueryCame, parity);
-        if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes);
+        if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes());
       }
 
       // Scores. The queue goes on with the first values, so that they are there when the weights are.
       {
-        float own_query[8], own_energy[8];
-        SEQATTN_UNROLL
-        for (int i = 0; i < 8; i += 4) {
-          const Vec<float, 4> a = load(shared_cast<Vec<float, 4>>(query + key_column + i));
-          const Vec<float, 4> b = load(shared_cast<Vec<float, 4>>(energy + key_column + i));
-          SEQATTN_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            own_query[i + j] = a[j];
-            own_energy[i + j] = b[j];
-          }
-        }
+        const int own_column = key_column + zero;
+        SEQATTN_UNROLL_BY(1)
         for (int n0 = 0; n0 < 4 * key_turns; n0 += kQueue) {
           const bool more = n0 + kQueue < 4 * key_turns;
-          float score[kQueue];
+          float score[kQueue] = {};
           SEQATTN_UNROLL
-          for (int j = 0; j < kQueue; ++j) {
-            score[j] = 0;
+          for (int half = 0; half < 8; half += 4) {
+            const Vec<float, 4> own_query = load(shared_cast<Vec<float, 4>>(query + own_column + half));
+            const Vec<float, 4> own_energy = load(shared_cast<Vec<float, 4>>(energy + own_column + half));
             SEQATTN_UNROLL
-            for (int i = 0; i < 8; ++i) {
-              score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], i));
+            for (int j = 0; j < kQueue; ++j) {
+              SEQATTN_UNROLL
+              for (int i = 0; i < 4; ++i) {
+                score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], half + i));
+              }
+              if (half) queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
             }
-            queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
           }
+          SEQATTN_UNROLL_BY(1)
           for (int m = key_lanes / 2; m > 0; m /= 2) {
             SEQATTN_UNROLL
             for (int j = 0; j < kQueue; ++j) score[j] += shuffle_xor(score[j], m);
@@ -391,6 +377,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           for (int j = 0; j < kQueue; j += 4) {
             const int four = key_first + (n0 + j) / 4 * key_stride;
             if (four < fours) {
+              SEQATTN_UNROLL_BY(1)
               for (int p = lane % key_lanes; p < parts; p += key_lanes) {
                 const Remote<unsigned char> peer = map_shared(shared, column_served * parts + p);
                 store_async(remote_cast<Vec<float, 4>>(peer + (Shape::kScores + (part * source_stride + 4 * four) * 4)),
@@ -401,40 +388,60 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
           }
         }
       }
+    }
+    float pre[kSlots] = {};  // what doesn't depend on the state: underway while the context comes together
+    if (live) {
+      const int at = unit + zero;
+      const T* x = static_cast<const T*>(args.x_gates) + t * args.x_step + (sequence + zero) * args.x_batch + at;
+      const float* bias = static_cast<const float*>(args.bias);
+      SEQATTN_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (slot < kGates) pre[slot] = to_float(x[Cell::x_gate(slot) * hidden]);
+        if (bias != nullptr) pre[slot] += bias[slot * hidden + at];
+      }
+    }
+    if (attends) {
       if (scores_bytes > 0) {
         barrier_wait(barriers + Shape::kScoresCame, parity);
         if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes);
       }
 
       // Weights: every warp finds the largest score and the sum by itself.
+      SEQATTN_UNROLL_BY(1)
       for (int s = thread_index(); s < length; s += Shape::kThreads) {
         float score = 0;
+        SEQATTN_UNROLL_BY(1)
         for (int p = 0; p < parts; ++p) score += load(scores + p * source_stride + s);
-        if (mask != nullptr && !mask[s]) score = -INFINITY;
+        if (args.mask != nullptr && !args.mask[static_cast<int64_t>(sequence_served + zero) * source + s])
+          score = -INFINITY;
         store(total + s, score);
       }
       block_sync();
       float largest = -INFINITY, weight_sum = 0;
+      SEQATTN_UNROLL_BY(1)
       for (int s = lane; s < length; s += 32) {
         const float score = load(total + s);
         largest = score > largest || score != score ? score : largest;
       }
       largest = warp_max(largest);
       const float shift = largest == -INFINITY ? 0.f : largest;
+      SEQATTN_UNROLL_BY(1)
       for (int s = lane; s < length; s += 32) weight_sum += FastMath::exp(load(total + s) - shift);
       weight_sum = warp_sum(weight_sum);
-      const float scale = weight_sum == 0 ? 0.f : 1 / weight_sum;
+      const float scale = weight_sum == 0 ? 0.f : reciprocal_approx(weight_sum);
       const auto weight_of = [&](int s) { return FastMath::exp(load(total + s) - shift) * scale; };
 
       if (args.weights != nullptr) {
-        T* row = static_cast<T*>(args.weights) + (sequence_served * steps + t) * source;
-        for (int s = part * Shape::kThreads + thread_index(); s < source; s += parts * Shape::kThreads) {
+        T* row = static_cast<T*>(args.weights) + (static_cast<int64_t>(sequence_served + zero) * steps + t) * source;
+        SEQATTN_UNROLL_BY(1)
+        for (int s = (part + zero) * Shape::kThreads + thread_index(); s < source; s += parts * Shape::kThreads) {
           row[s] = from_float<T>(s < length ? weight_of(s) : 0.f);
         }
       }
 
       // Context: this warp's share, then the block's columns of it. What a weight of zero stands at may be NaN.
       float sums[8] = {};
+      SEQATTN_UNROLL_BY(1)
       for (int n0 = 0; n0 < value_turns; n0 += kQueue) {
         SEQATTN_UNROLL
         for (int j = 0; j < kQueue; ++j) {
@@ -447,16 +454,18 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       }
       SEQATTN_UNROLL
       for (int i = 0; i < 8; ++i) {
+        SEQATTN_UNROLL_BY(1)
         for (int m = value_lanes; m < 32; m *= 2) sums[i] += shuffle_xor(sums[i], m);
       }
       if (lane < value_lanes) {
         SEQATTN_UNROLL
         for (int i = 0; i < 8; i += 4) {
-          store(shared_cast<Vec<float, 4>>(shares + warp * 256 + value_column + i),
+          store(shared_cast<Vec<float, 4>>(shares + (warp + zero) * 256 + (value_column + zero) + i),
                 Vec<float, 4>{{sums[i], sums[i + 1], sums[i + 2], sums[i + 3]}});
         }
       }
       block_sync();
+      SEQATTN_UNROLL_BY(1)
       for (int d0 = warp * 32; d0 < value_count; d0 += Shape::kThreads) {
         const int d = d0 + lane;
         float found = 0;
@@ -468,14 +477,15 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         const uint32_t word = lane & 1 ? pack<T>(neighbour, found) : pack<T>(found, neighbour);
         const Words4 piece = gather_four(word, lane, 2);
         if (d < value_count) {
-          const int64_t at = Shape::kContext + piece_place((value_begin + d) / kPiece, column_served) * 16;
+          const int at = Shape::kContext + piece_place((value_begin + d) / kPiece, column_served) * 16;
           SEQATTN_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const Remote<unsigned char> peer = map_shared(shared, lane % 8 + 8 * i);
+            const Remote<unsigned char> peer = map_shared(shared, (lane + zero) % 8 + 8 * i);
             store_async(remote_cast<Words4>(peer + at), piece,
                         remote_cast<Barrier>(peer + Shape::kContextCame * sizeof(Barrier)));
           }
-          static_cast<T*>(args.contexts)[(sequence_served * steps + t) * value + value_begin + d] =
+          static_cast<T*>(
+              args.contexts)[(static_cast<int64_t>(sequence_served + zero) * steps + t) * value + value_begin + d] =
               from_float<T>(found);
         }
       }
@@ -483,7 +493,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
 
     barrier_wait(barriers + Shape::kContextCame, parity);
     if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
-    const Shared<Words4> seen = context + (split * kValuePairs * 4 + q) * 8 + fragment;
+    const Shared<Words4> seen = context + ((split + zero) * kValuePairs * 4 + q) * 8 + fragment;
     SEQATTN_UNROLL
     for (int p = 0; p < kValuePairs; ++p) {
       const Words4 b = load(seen + p * 32);
@@ -500,9 +510,11 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     }
 
     // Accumulator r of all four warps goes to warp r of the group.
-    const Shared<float> sent = shared_cast<float>(shared + Shape::kParts) + lane;
+    // (Places that are found anew at each step: carried through the loop, they would take registers that there aren't.)
+    const Shared<float> sent = shared_cast<float>(shared + Shape::kParts) + lane + zero;
+    const int first_of_group = (group + zero) * kSplit;
     const auto part_of = [&](int to, int from) {
-      return sent + ((group * kSplit + to) * (kSplit - 1) + from - 1) * kSlots * 32;
+      return sent + ((first_of_group + to) * (kSplit - 1) + from - 1) * kSlots * 32;
     };
     SEQATTN_UNROLL
     for (int r = 0; r < kSplit; ++r) {
@@ -514,17 +526,11 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       }
     }
     named_barrier_sync(1 + group, 32 * kSplit);
-    float pre[kSlots], saved[Cell::kSaved ? Cell::kSaved : 1];
+    float saved[Cell::kSaved ? Cell::kSaved : 1];
     SEQATTN_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
       const float (&own)[4] = sum[slot];
-      pre[slot] = bias[slot] + (split < 2 ? (split == 0 ? own[0] : own[1]) : (split == 2 ? own[2] : own[3]));
-      if (slot < kGates) {
-        SEQATTN_UNROLL
-        for (int gate = 0; gate < kGates; ++gate) {
-          if (gate == Cell::x_gate(slot)) pre[slot] += x[gate];
-        }
-      }
+      pre[slot] += split < 2 ? (split == 0 ? own[0] : own[1]) : (split == 2 ? own[2] : own[3]);
       SEQATTN_UNROLL
       for (int from = 1; from < kSplit; ++from) pre[slot] += load(part_of(split, from) + slot * 32);
     }
@@ -538,21 +544,33 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       const uint32_t word = lane & 4 ? pack<T>(neighbour, h) : pack<T>(h, neighbour);
       const Words4 piece = gather_four(word, lane, 8);
       if (present_column) {
-        const int64_t at = Shape::kState + (1 - parity) * Shape::kStateSize + piece_place(own_piece, column) * 16;
-        const int64_t barrier = (Shape::kStateCame + 1 - parity) * sizeof(Barrier);
+        const int at =
+            Shape::kState + (1 - parity) * Shape::kStateSize + piece_place((unit + zero) / kPiece, column) * 16;
+        const int barrier = (Shape::kStateCame + 1 - parity) * static_cast<int>(sizeof(Barrier));
         SEQATTN_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const Remote<unsigned char> peer = map_shared(shared, g + 8 * i);
+          const Remote<unsigned char> peer = map_shared(shared, g + zero + 8 * i);
           store_async(remote_cast<Words4>(peer + at), piece, remote_cast<Barrier>(peer + barrier));
         }
       }
     }
-    if (live) static_cast<T*>(args.output)[(sequence * steps + t) * hidden + unit] = from_float<T>(h);
+    if (live) {
+      const int64_t at = (static_cast<int64_t>(sequence + zero) * steps + t) * hidden + unit;
+      static_cast<T*>(args.output)[at] = from_float<T>(h);
+      if (args.saved != nullptr) {
+        constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell);
+        Vec<T, kKept> values;
+        SEQATTN_UNROLL
+        for (int i = 0; i < kKept; ++i) values[i] = from_float<T>(Cell::kSaved > 0 ? saved[i] : h);
+        store(static_cast<Vec<T, kKept>*>(args.saved) + at, values);
+        if constexpr (Cell::kHasCell) args.cells[at] = c;
+      }
+    }
   }
 
   if (live) {
-    static_cast<T*>(args.hn)[sequence * hidden + unit] = from_float<T>(h);
-    if constexpr (Cell::kHasCell) static_cast<T*>(args.cn)[sequence * hidden + unit] = from_float<T>(c);
+    static_cast<T*>(args.hn)[state_at()] = from_float<T>(h);
+    if constexpr (Cell::kHasCell) static_cast<T*>(args.cn)[state_at()] = from_float<T>(c);
   }
   cluster_sync();
 }

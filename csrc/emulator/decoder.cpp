@@ -13,7 +13,8 @@ void bind_decoder(pybind11::module_& m) {
       f("x_step", a.x_step)("x_batch", a.x_batch)("w_hh", a.w_hh)("w_context", a.w_context);
       f("ld_context", a.ld_context)("bias", a.bias)("w_query", a.w_query)("b_query", a.b_query)("v", a.v);
       f("keys", a.keys)("values", a.values)("lengths", a.lengths)("mask", a.mask)("h0", a.h0)("c0", a.c0);
-      f("output", a.output)("contexts", a.contexts)("weights", a.weights)("hn", a.hn)("cn", a.cn);
+      f("output", a.output)("contexts", a.contexts)("weights", a.weights)("hn", a.hn)("cn", a.cn)("saved", a.saved);
+      f("cells", a.cells);
     });
     raise(decoder_forward(args, shared_limit, nullptr));
   });

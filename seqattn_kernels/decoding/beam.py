@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from seqattn_kernels.decoding.common import Hypothesis, LengthPenalty, Rules, Step, begin, call, select_state
 from seqattn_kernels.decoding.history import History, Pool
+from seqattn_kernels.ops import search
 
 
 @torch.no_grad()
@@ -90,20 +91,20 @@ def beam_search(
     rows = active.repeat_interleave(beam)
     state, memory, tokens = select_state(state, rows, batch_dim), select_state(memory, rows), tokens[rows]
     # A prefix of -inf is an empty place: the places of a sentence's group start as one prefix.
+    size = beam // groups
     scores = torch.full((batch, beam), -math.inf, device=device)
-    scores[:, :: beam // groups] = 0
+    scores[:, ::size] = 0
     largest_penalty = penalty(max_length)
     for length in range(1, max_length + 1):
         log_probs, state, weights = call(step, tokens, state, memory, end)
         log_probs = rules.forbid(log_probs, length)
         before = scores.to(torch.promote_types(log_probs.dtype, torch.float32))
-        candidates = (before.view(-1, 1) + log_probs).view(len(active), beam, -1)
         coverage.add(active, weights, beam)
 
         def keep(pool: Pool, log_prob: Tensor, slots: Tensor, past: int, n: int) -> None:
             pool.add(active, log_prob / penalty(n) + coverage.of(slots), log_prob, slots, past)  # noqa: B023
 
-        scores, parents, words, ended, ended_parents = _grow(candidates, groups, diversity, end)
+        scores, parents, words, ended, ended_parents = _grow(log_probs, before, groups, diversity, end)
         keep(finished, ended, ended_parents, length - 1, length)
         history.add(active, parents, words, weights)
         if length == max_length:
@@ -116,27 +117,29 @@ def beam_search(
                 length,
             )
             break
-        best = scores.max(1).values
+        best = scores[:, 0] if groups == 1 else scores.max(1).values
         stuck = best == -math.inf
-        # A sentence without any token of probability above 0: its best prefix is all there is.
-        given_up, slot = before.max(1, keepdim=True)
-        given_up = given_up.masked_fill(~stuck.unsqueeze(1), -math.inf)
-        keep(unfinished, given_up, slot, length - 1, max(length - 1, 1))
-        # The most a prefix can still reach: its log-probability over the largest penalty.
-        done = stuck | (finished.score[active, n_best - 1] >= best / largest_penalty)
-        if stop == "beam":
-            done |= finished.count[active] >= beam
-        left = (~done).nonzero()[:, 0]
-        if len(left) == 0:
-            break
-        rows = (left.unsqueeze(1) * beam + parents[left]).flatten()
-        state = select_state(state, rows, batch_dim)
-        rules.extend(rows, words[left].flatten())
-        coverage.select(rows, beam)
-        if len(left) < len(active):
-            same = left.unsqueeze(1) * beam + torch.arange(beam, device=device)
+        places = torch.arange(len(active), device=device)
+        if not finished.empty or bool(stuck.any()):
+            # A sentence without any token of probability above 0: its best prefix is all there is.
+            given_up, slot = before.max(1, keepdim=True)
+            given_up = given_up.masked_fill(~stuck.unsqueeze(1), -math.inf)
+            keep(unfinished, given_up, slot, length - 1, max(length - 1, 1))
+            # The most a prefix can still reach: its log-probability over the largest penalty.
+            done = stuck | (finished.score[active, n_best - 1] >= best / largest_penalty)
+            if stop == "beam":
+                done |= finished.count[active] >= beam
+            places = (~done).nonzero()[:, 0]
+            if len(places) == 0:
+                break
+        if len(places) < len(active):
+            same = places.unsqueeze(1) * beam + torch.arange(beam, device=device)
             memory = select_state(memory, same.flatten())
-        tokens, scores, active = words[left].flatten(), scores[left], active[left]
+            scores, parents, words, active = scores[places], parents[places], words[places], active[places]
+        rows, tokens = (places.unsqueeze(1) * beam + parents).flatten(), words.flatten()
+        state = select_state(state, rows, batch_dim)
+        rules.extend(rows, tokens)
+        coverage.select(rows, beam)
 
     results: list[list[Hypothesis]] = [[] for _ in range(batch)]
     for pool in (finished, unfinished):
@@ -146,13 +149,15 @@ def beam_search(
     return results
 
 
-def _grow(
-    candidates: Tensor, groups: int, diversity: float, end: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The prefixes of the next step from candidates [A, K, V]: log-probs, parents and words [A, K], each group's best
-    first; and of those that end, log-probs and parents [A, M], -inf where there is none."""
-    batch, beam, vocabulary = candidates.shape
-    size = beam // groups
+def _grow(log_probs: Tensor, before: Tensor, groups: int, diversity: float, end: int | None) -> search.Grown:
+    """The prefixes of the next step, log_probs [A * K, V] after those of log-probs before [A, K]: log-probs, parents
+    and words [A, K], each group's best first; and of those that end, log-probs and parents [A, M], -inf where there is
+    none."""
+    if groups == 1 and search.serves(log_probs, before):
+        return search.beam_grow(log_probs, before, end)
+    batch, beam = before.shape
+    candidates = (before.view(-1, 1) + log_probs).view(batch, beam, -1)
+    size, vocabulary = beam // groups, candidates.shape[2]
     taken = None
     parts = []
     for g in range(groups):

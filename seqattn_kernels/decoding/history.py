@@ -19,11 +19,16 @@ class Pool:
         self.slot = torch.zeros(batch, beam, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, beam, dtype=torch.long, device=device)
         self.count = torch.zeros(batch, dtype=torch.long, device=device)
+        self.empty = True
 
     def add(self, active: Tensor, score: Tensor, log_prob: Tensor, slot: Tensor, length: int) -> None:
         """score, log_prob, slot: [A, M] for the sentences `active` [A], each of `length` tokens; -inf is none."""
+        found = score > -math.inf
+        if not bool(found.any()):
+            return
+        self.empty = False
         beam = self.score.size(1)
-        self.count[active] += (score > -math.inf).sum(1)
+        self.count[active] += found.sum(1)
         self.score, self.log_prob = self.score.to(score.dtype), self.log_prob.to(score.dtype)
         best, order = torch.cat([self.score[active], score], 1).topk(beam, dim=1)
         self.score[active] = best

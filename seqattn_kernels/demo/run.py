@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def run(
     seconds: float | None = 220,
     console: Console | None = None,
 ) -> int:
-    """Run the demo and write `alignment.png` and `speed.png` into `output`.
+    """Run the demo and write `alignment.png`, `speed.png` and the figures it prints, `summary.json`, into `output`.
 
     settings: instead of the default's or, with `full`, the full training's.
     seconds: on a slow machine, train for fewer steps so that training takes about this long; None never does.
@@ -73,19 +75,32 @@ def run(
         settings = fit(settings, data, stock, model, seconds, console)
     trainers = {STOCK: Trainer(stock, settings), ACCELERATED: Trainer(model, settings)}
     train(trainers, data, settings, full, console)
-    agree = show_losses(trainers, console)
+    losses = show_losses(trainers, console)
 
     if len(trainers[STOCK].losses) < settings.steps:
         stock.load_state_dict(model.state_dict())
         console.print("Decoding with the trained weights in both.")
     decoding, found = decode({STOCK: stock.eval(), ACCELERATED: model.eval()}, data, console)
-    show_speed({name: trainer.speed for name, trainer in trainers.items()}, decoding, output, console)
-    show_errors(data, found, console)
+    rates = show_speed({name: trainer.speed for name, trainer in trainers.items()}, decoding, output, console)
+    errors = show_errors(data, found, console)
     show_words(data, found[ACCELERATED]["beam of 5"], console)
     draw_alignments(data, found[ACCELERATED]["beam of 5"], output / "alignment.png")
-    console.print(f"Wrote {output / 'alignment.png'} and {output / 'speed.png'}.")
-    console.print(f"{time.perf_counter() - begin:.0f} s in all.")
-    return 0 if agree else 1
+    summary = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "full": full,
+        "settings": asdict(settings),
+        "held_out_words": len(data.held_out),
+        "words_per_second": rates,
+        "errors": errors,
+        "losses": losses,
+        "seconds": time.perf_counter() - begin,
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    console.print("Wrote " + ", ".join(str(output / name) for name in ("alignment.png", "speed.png", "summary.json")))
+    console.print(f"{summary['seconds']:.0f} s in all.")
+    return 0 if losses["agree"] else 1
 
 
 def fit(settings: Settings, data: Pronunciations, stock: G2P, model: G2P, seconds: float, console: Console) -> Settings:
@@ -125,8 +140,8 @@ def train(trainers: dict[str, Trainer], data: Pronunciations, settings: Settings
             take_turns([trainers[ACCELERATED]], batches, rest, lambda done: on_turn(done, both))
 
 
-def show_losses(trainers: dict[str, Trainer], console: Console) -> bool:
-    """Losses at some steps beside each other; whether they agree."""
+def show_losses(trainers: dict[str, Trainer], console: Console) -> dict[str, float | bool]:
+    """Losses at some steps beside each other; how far they lie apart, as parts of the loss, and whether they agree."""
     a, b = (trainers[name].losses for name in (STOCK, ACCELERATED))
     n = len(a)
     differences = [abs(x - y) for x, y in zip(a, b, strict=False)]
@@ -150,7 +165,7 @@ def show_losses(trainers: dict[str, Trainer], console: Console) -> bool:
         f"{max(differences):.1e}; of the means at the end {last:.2%}: "
         + ("[green]they agree.[/]" if agree else "[bold red]they do not agree.[/]")
     )
-    return agree
+    return {"first_steps": first, "last_mean": last, "agree": agree}
 
 
 def decode(
@@ -185,27 +200,31 @@ def decode(
 
 def show_speed(
     training: dict[str, Speed], decoding: dict[str, dict[str, Speed]], output: Path, console: Console
-) -> None:
+) -> dict[str, dict[str, float]]:
     rates = {"training": {name: speed.rate for name, speed in training.items()}}
     for search in SEARCHES:
-        rates[f"decoding,\n{search}"] = {name: speeds[search].rate for name, speeds in decoding.items()}
+        rates[f"decoding, {search}"] = {name: speeds[search].rate for name, speeds in decoding.items()}
     table = Table(title="Words per second (median turn)", title_justify="left")
     for heading in ("", STOCK, ACCELERATED, "times faster"):
         table.add_column(heading, justify="right" if heading else "left")
     for label, row in rates.items():
         a, b = row[STOCK], row[ACCELERATED]
-        table.add_row(label.replace("\n", " "), f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}")
+        table.add_row(label, f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}")
     console.print(table)
     plot_bars(
-        list(rates),
+        [label.replace(", ", ",\n") for label in rates],
         {name: [row[name] for row in rates.values()] for name in (STOCK, ACCELERATED)},
         ylabel="words per second",
         title=f"Grapheme-to-phoneme conversion on {torch.get_num_threads()} CPU threads",
         path=output / "speed.png",
     )
+    return rates
 
 
-def show_errors(data: Pronunciations, found: dict[str, dict[str, list[Hypothesis]]], console: Console) -> None:
+def show_errors(
+    data: Pronunciations, found: dict[str, dict[str, list[Hypothesis]]], console: Console
+) -> dict[str, dict[str, dict[str, float]]]:
+    errors: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(title=f"Errors on {len(data.held_out):,} held-out words", title_justify="left")
     for heading in ("model", "search", "phoneme error rate", "words with an error"):
         table.add_column(heading, justify="right" if heading[0] in "pw" else "left")
@@ -213,7 +232,9 @@ def show_errors(data: Pronunciations, found: dict[str, dict[str, list[Hypothesis
         for search, hypotheses in searches.items():
             rates = error_rates(data, data.held_out, hypotheses)
             table.add_row(name, search, f"{rates.phoneme:.2%}", f"{rates.word:.1%}")
+            errors.setdefault(name, {})[search] = {"phoneme": rates.phoneme, "word": rates.word}
     console.print(table)
+    return errors
 
 
 def show_words(data: Pronunciations, hypotheses: list[Hypothesis], console: Console, count: int = 12) -> None:

@@ -179,7 +179,8 @@ def monotonic_attention(
     if previous is None:
         previous = choose.new_zeros(batch, source)
         previous[:, :1] = 1
-    align = ops.alignment.monotonic if choose_backend(choose, backend) == "cpu" else alignment.monotonic_alignment
+    by_reference = choose_backend(choose, backend) == "reference"
+    align = alignment.monotonic_alignment if by_reference else ops.alignment.monotonic
     weights = align(choose, previous.to(choose.dtype))
     context = context_of(weights.to(values.dtype), values, lengths, mask, weighting_of(None))
     return finish(context, weights if need_weights else None, single, dtype)

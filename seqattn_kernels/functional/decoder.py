@@ -20,7 +20,7 @@ from seqattn_kernels.reference.decoder import ACTIVATIONS, ORDERS, Spec
 from seqattn_kernels.reference.recurrence import GATES
 
 CELL_NAMES = {"rnn": "rnn_tanh", "rnn_tanh": "rnn_tanh", "rnn_relu": "rnn_relu", "gru": "gru", "lstm": "lstm"}
-SCORES = ("additive", "dot", "general", "concat")
+SCORES = ("additive", "dot", "general", "concat", "location", "coverage")
 FEEDBACKS = {"context": (True, False), "attentional": (False, True), "both": (True, True), "none": (False, False)}
 
 
@@ -36,6 +36,10 @@ def attention_decoder(
     query_weight: Tensor | None = None,
     query_bias: Tensor | None = None,
     v: Tensor | None = None,
+    conv_weight: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    fertility: Tensor | None = None,
+    history_gradient: bool = True,
     scale: float = 1.0,
     order: str = "bahdanau",
     feedback: str = "context",
@@ -57,21 +61,31 @@ def attention_decoder(
     """A recurrent decoder with attention, all steps, teacher-forced.
 
     With order "bahdanau" (Bahdanau, Cho, Bengio, 2014) a step attends with h of the step before and then updates the
-    cells; with "luong" (Luong, Pham, Manning, 2015) it updates the cells and then attends with their new h.
+    cells; with "luong" (Luong, Pham, Manning, 2015) it updates the cells and then attends with their new h; with
+    "between" (Tacotron 2: Shen et al., 2018) the first layer updates and attends with its new h, and the second layer
+    sees that h and the context, in this order.
 
     Args:
         input: [B, T, I], the inputs of all steps, say embeddings of the tokens before.
-        keys: [B, S, A], projected already for "additive" scores (or prepared), as they are for the others.
+        keys: [B, S, A], projected already for "additive", "location" and "coverage" scores (or prepared), as they are
+            for the others.
         values: [B, S, D].
         weights: of each layer w_ih, w_hh, and b_ih, b_hh with ``bias``; torch's layout and gate order. The first layer
-            takes the parts named in ``concat``, those after it the h of the layer below.
+            takes the parts named in ``concat``, those after it the h of the layer below (and the second, in the order
+            "between", the context).
         cell: "rnn" (tanh), "rnn_relu", "gru" or "lstm".
-        score: with h [B, H] of the last layer,
+        score: with h [B, H] of the last layer (in the order "between" of the first),
             "additive": ``v . tanh(query_weight h + query_bias + key)``, query_weight [A, H], v [A];
             "dot": ``scale * (h . key)``, after ``query_weight`` [A, H] where it is given;
             "general": ``h query_weight key``, query_weight [H, A];
-            "concat": ``v . tanh(query_weight [h; key] + query_bias)``, query_weight [A, H + K], v [A].
-        feedback: what the first layer sees beside the input: "context" (in the order "luong" that of the step before),
+            "concat": ``v . tanh(query_weight [h; key] + query_bias)``, query_weight [A, H + K], v [A];
+            "location" (Chorowski et al., 2015): additive with the term ``feature_weight f``, feature_weight [A, F],
+            where f is the convolution by ``conv_weight`` [F, C, W], W odd, of the last weights (C = 1) or of the last
+            and the sum of all earlier ones (C = 2);
+            "coverage" (Tu et al., 2016; See, Liu, Manning, 2017): additive with the term ``feature_weight`` [A] times
+            the sum of all earlier weights, each divided by the key's ``fertility`` [B, S] where that is given.
+        history_gradient: of "location" and "coverage": whether gradients flow into earlier steps through their weights.
+        feedback: what the first layer sees beside the input: "context" (but in "bahdanau" that of the step before),
             "attentional" (the attentional vector of the step before: input feeding), "both" or "none".
         concat: the order of the parts of the first layer's input; parts that aren't fed are passed over.
         output_weight, output_bias: [M, D + H], [M]: the attentional vector ``activation(output_weight [context; h] +
@@ -89,7 +103,7 @@ def attention_decoder(
 
     Returns:
         DecoderOutput(output, state, weights, contexts). A row that may attend to nothing has zero weights and contexts.
-        Memory for gradients is O(B * T * (H + D + S)) with backend "cpu": scores are computed again.
+        Memory for gradients is O(B * T * (H + D + S)) with "cpu" and "cuda": scores are computed again.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or type; the message names it.
@@ -119,6 +133,9 @@ def attention_decoder(
         w_query=w_query,
         b_query=b_query,
         v=v,
+        w_conv=conv_weight,
+        w_feature=feature_weight,
+        history_gradient=history_gradient,
         scale=scale,
         order=order,
         feedback=feedback,
@@ -137,7 +154,7 @@ def attention_decoder(
     if isinstance(state, DecoderState):
         began = state
     else:
-        began = begin(decoder, make_memory(decoder, keys, values, lengths, mask), state)
+        began = begin(decoder, make_memory(decoder, keys, values, lengths, mask, fertility), state)
     return run_decoder(decoder, input, began, backend=backend)
 
 
@@ -167,6 +184,9 @@ def make_decoder(
     output_concat: Sequence[str],
     activation: str,
     sizes: tuple[int, int],
+    w_conv: Tensor | None = None,
+    w_feature: Tensor | None = None,
+    history_gradient: bool = True,
     **more: Any,
 ) -> Decoder:
     """A decoder of checked parts. sizes: I and D; the rest as in `attention_decoder`."""
@@ -183,10 +203,11 @@ def make_decoder(
     takes_context, takes_attentional = FEEDBACKS[feedback]
     if takes_attentional and w_output is None:
         raise ValueError(f"output_weight: expected a tensor with feedback={feedback!r}, got None")
-    if score in ("additive", "concat") and v is None:
+    if score not in ("dot", "general") and v is None:
         raise ValueError(f"v: expected [A] with score={score!r}, got None")
     if score in ("dot", "general") and v is not None:
         raise ValueError(f"v: expected None with score={score!r}, got {list(v.shape)}")
+    history, w_conv, w_feature = _history_of(score, v, w_conv, w_feature)
     output_size = 0 if w_output is None else w_output.shape[0]
     width = {
         "input": input_size,
@@ -205,11 +226,10 @@ def make_decoder(
             at += size
     context_first = output_concat[0] == "context"
     gates = GATES[name] * hidden
+    widths = [at, hidden + (value_size if order == "between" else 0)]
     for n in range(0, len(weights), each):
-        layer = weights[n : n + each]
-        _expect_shape(
-            f"weights[{n}]", layer[0], f"[G * H, I] = [{gates}, {hidden if n else at}]", 2, gates, hidden if n else at
-        )
+        layer, wide = weights[n : n + each], widths[n // each] if n // each < 2 else hidden
+        _expect_shape(f"weights[{n}]", layer[0], f"[G * H, I] = [{gates}, {wide}]", 2, gates, wide)
         _expect_shape(f"weights[{n + 1}]", layer[1], f"[G * H, H] = [{gates}, {hidden}]", 2, gates, hidden)
         for i, b in enumerate(layer[2:], n + 2):
             _expect_shape(f"weights[{i}]", b, f"[G * H] = [{gates}]", 1, gates)
@@ -235,11 +255,39 @@ def make_decoder(
         0 if context_first else hidden,
         value_size if context_first else 0,
         activation,
+        history,
+        history_gradient,
     )
     for option in ("dropout", "hidden_dropout", "output_dropout", "zoneout"):
         if not 0 <= more.get(option, 0.0) <= 1:
             raise ValueError(f"{option}: expected a probability, got {more[option]}")
-    return Decoder(spec, tuple(weights), w_query, b_query, v, w_output, b_output, **more)
+    return Decoder(spec, tuple(weights), w_query, b_query, v, w_output, b_output, w_conv, w_feature, **more)
+
+
+def _history_of(
+    score: str, v: Tensor | None, w_conv: Tensor | None, w_feature: Tensor | None
+) -> tuple[str, Tensor | None, Tensor | None]:
+    """Which earlier weights the score knows of, the convolution [F, C, W] and the weights [A, F] of its features."""
+    if score not in ("location", "coverage"):
+        for name, given in (("conv_weight", w_conv), ("feature_weight", w_feature)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with score={score!r}, got {list(given.shape)}")
+        return "none", None, None
+    assert v is not None
+    size = v.shape[0]
+    if score == "coverage":
+        if w_conv is not None:
+            raise ValueError(f"conv_weight: expected None with score='coverage', got {list(w_conv.shape)}")
+        _expect_shape("feature_weight", w_feature, f"[A] = [{size}]", 1, size)
+        assert w_feature is not None
+        return "sum", w_feature.new_ones(1, 1, 1), w_feature.unsqueeze(1)
+    _expect_shape("conv_weight", w_conv, "[F, C, W]", 3)
+    assert w_conv is not None
+    filters, channels, window = w_conv.shape
+    if window % 2 == 0 or channels not in (1, 2):
+        raise ValueError(f"conv_weight: expected [F, C, W] with C 1 or 2 and W odd, got {list(w_conv.shape)}")
+    _expect_shape("feature_weight", w_feature, f"[A, F] = [{size}, {filters}]", 2, size, filters)
+    return "both" if channels == 2 else "last", w_conv, w_feature
 
 
 def one_of(name: str, value: Any, allowed: Any) -> None:

@@ -12,25 +12,28 @@ from torch.nn import functional as F
 
 from seqattn_kernels.functional.attention import PreparedKeys, additive_attention
 from seqattn_kernels.functional.cells import gru_cell, lstm_cell, rnn_cell
+from seqattn_kernels.functional.location import location_attention
 from seqattn_kernels.functional.products import dot_attention
-from seqattn_kernels.reference.decoder import Spec
+from seqattn_kernels.reference.decoder import Spec, extend_history
 
 
 @dataclass(frozen=True)
 class DecoderMemory:
-    """What a decoder attends to: keys, values [B, S, D], lengths [B], mask [B, S]."""
+    """What a decoder attends to: keys, values [B, S, D], lengths [B], mask [B, S], fertility of the keys [B, S]."""
 
     keys: Tensor | PreparedKeys
     values: Tensor
     lengths: Tensor | None = None
     mask: Tensor | None = None
+    fertility: Tensor | None = None
 
     def select(self, index: Tensor) -> DecoderMemory:
         """The memory of the rows `index` [N]."""
         keys = self.keys.select(index) if isinstance(self.keys, PreparedKeys) else self.keys.index_select(0, index)
         lengths = None if self.lengths is None else self.lengths.index_select(0, index.to(self.lengths.device))
         mask = None if self.mask is None else self.mask.index_select(0, index)
-        return DecoderMemory(keys, self.values.index_select(0, index), lengths, mask)
+        fertility = None if self.fertility is None else self.fertility.index_select(0, index)
+        return DecoderMemory(keys, self.values.index_select(0, index), lengths, mask, fertility)
 
     def plain_keys(self) -> Tensor:
         return self.keys.keys if isinstance(self.keys, PreparedKeys) else self.keys
@@ -41,9 +44,9 @@ class DecoderState:
     """A decoder between two steps.
 
     h [L, B, H], c [L, B, H] of an LSTM, context [B, D], attentional vector [B, M]; weights [B, S] of the last step,
-    where it was one alone; what a score that remembers keeps, [B, ..]; the memory; and, where decoding began without
-    gradients, the decoder of that moment, its weights as the native kernels read them, and the row of the memory
-    that each row attends to (None: its own), so that the memory itself is never copied.
+    where it was one alone; what a score that remembers keeps, channels [B, C, S] of location and coverage; the memory;
+    and, where decoding began without gradients, the decoder of that moment, its weights as the native kernels read
+    them, and the row of the memory that each row attends to (None: its own), so that the memory itself is never copied.
     """
 
     h: Tensor
@@ -126,6 +129,8 @@ class Decoder:
     v: Tensor | None = None
     w_output: Tensor | None = None
     b_output: Tensor | None = None
+    w_conv: Tensor | None = None
+    w_feature: Tensor | None = None
     dropout: float = 0.0
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
@@ -150,6 +155,15 @@ class Decoder:
         if self.w_query is not None:
             query = F.linear(query, self.w_query, self.b_query)
         masks: Any = {"lengths": memory.lengths, "mask": memory.mask}
+        if self.spec.history != "none":
+            assert self.v is not None
+            assert self.w_conv is not None
+            assert self.w_feature is not None
+            context, weights = location_attention(
+                query, memory.keys, self.v, state.history, self.w_conv, self.w_feature, memory.values,
+                history_gradient=self.spec.history_gradient, **masks,
+            )  # fmt: skip
+            return context, weights, extend_history(self.spec, state.history, weights, memory.fertility)
         if self.v is not None:
             return *additive_attention(query, memory.keys, self.v, memory.values, **masks), None
         return *dot_attention(query, memory.plain_keys(), memory.values, scale=self.spec.scale, **masks), None
@@ -198,6 +212,9 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
             h_new = F.dropout(h_new, decoder.hidden_dropout)
         h[n], c[n] = h_new, c_new
         below = h_new
+        if spec.order == "between" and n == 0:
+            context, weights, history = decoder.look(h_new, state)
+            below = torch.cat([h_new, context], 1)
         if decoder.dropout and n + 1 < len(h):
             below = F.dropout(below, decoder.dropout)
     if spec.order == "luong":

@@ -37,7 +37,12 @@ class DecoderOutput(NamedTuple):
 
 
 def make_memory(
-    decoder: Decoder, keys: Tensor | PreparedKeys, values: Tensor, lengths: Tensor | None, mask: Tensor | None
+    decoder: Decoder,
+    keys: Tensor | PreparedKeys,
+    values: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    fertility: Tensor | None = None,
 ) -> DecoderMemory:
     """Checked keys, values and masks; keys of additive scores prepared where that serves later steps."""
     plain = keys.keys if isinstance(keys, PreparedKeys) else keys
@@ -51,6 +56,9 @@ def make_memory(
     width = decoder.hidden_size if decoder.w_query is None else decoder.w_query.shape[0]
     if decoder.attend is None and plain.shape[2] != width:
         raise ValueError(f"keys: expected [B, S, A] with A={width} (from the query), got {list(plain.shape)}")
+    if fertility is not None and (not decoder.spec.knows_sum or fertility.shape != plain.shape[:2]):
+        expected = f"[B, S] = {list(plain.shape[:2])}" if decoder.spec.knows_sum else "None without a sum of weights"
+        raise ValueError(f"fertility: expected {expected}, got {list(fertility.shape)}")
     if lengths is not None or mask is not None:
         if mask is not None and mask.dim() == 3 and mask.shape[1] == 1:
             mask = mask.squeeze(1)
@@ -66,7 +74,7 @@ def make_memory(
         values = without_unattended(values, attend)
         if isinstance(keys, Tensor):
             keys = without_unattended(keys, attend)
-    return DecoderMemory(keys, values, lengths, mask)
+    return DecoderMemory(keys, values, lengths, mask, fertility)
 
 
 def begin(
@@ -94,6 +102,9 @@ def begin(
             raise ValueError(f"{name}: expected [L, B, H] = {list(shape)}, got {list(t.shape)}")
         return t
 
+    spec = decoder.spec
+    if spec.history != "none" and history is None:
+        history = values.new_zeros(batch, 2 if spec.history == "both" else 1, values.shape[1])
     return DecoderState(
         state_of("h_0", pair[0]),
         state_of("c_0", pair[1]) if has_cell else None,
@@ -128,7 +139,9 @@ def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: boo
     composed = next((reason for reason, holds in beyond_reference.items() if holds), None)
     unserved = composed or next((reason for reason, holds in beyond_native.items() if holds), None)
     cuda_unserved = None
-    if input.device.type == "cuda" and unserved is None:
+    if input.device.type == "cuda" and decoder.spec.history != "none":
+        cuda_unserved = "the decoder's kernel has no scores that know of earlier weights"
+    elif input.device.type == "cuda" and unserved is None:
         cuda_unserved = ops.decoder_cuda.why_not(decoder.spec, _tensors(decoder, input, state), decoder.weights)
     return backends.DecoderRequest(input.device, input.dtype, unserved, composed, cuda_unserved)
 
@@ -157,7 +170,9 @@ def run_decoder(
         found: Any = _native(decoder, input, state)
     elif name == "cuda":
         return _finish(
-            state, *ops.decoder_cuda.attention_decoder(decoder.spec, _tensors(decoder, input, state), decoder.weights)
+            decoder,
+            state,
+            *ops.decoder_cuda.attention_decoder(decoder.spec, _tensors(decoder, input, state), decoder.weights),
         )
     else:
         t, weights = _tensors(decoder, input, state), decoder.weights
@@ -167,15 +182,19 @@ def run_decoder(
         if name == "cpu":
             found = ops.decoder.attention_decoder(decoder.spec, t, weights)
         else:
-            found = reference.decoder.attention_decoder(
-                decoder.spec, *t[:9], weights, t.w_query, t.b_query, t.v, t.w_output, t.b_output
-            )
+            found = reference.decoder.attention_decoder(decoder.spec, *t[:9], weights, *t[9:])
     results: Any = found if dtype in _WIDE else [t if t is None else t.to(dtype) for t in found]
-    return _finish(state, *results)
+    return _finish(decoder, state, *results)
 
 
 def _finish(
-    state: DecoderState, hidden: Tensor, c_n: Tensor | None, contexts: Tensor, attention: Tensor, attentional: Any
+    decoder: Decoder,
+    state: DecoderState,
+    hidden: Tensor,
+    c_n: Tensor | None,
+    contexts: Tensor,
+    attention: Tensor,
+    attentional: Any,
 ) -> DecoderOutput:
     end = DecoderState(
         hidden[:, :, -1],
@@ -184,11 +203,27 @@ def _finish(
         None if attentional is None else attentional[:, -1],
         state.memory,
         None,
-        None,
+        _history_after(decoder, state, attention),
         state.packed,
         state.decoder,
     )
     return DecoderOutput(hidden[-1] if attentional is None else attentional, end, attention, contexts)
+
+
+def _history_after(decoder: Decoder, state: DecoderState, weights: Tensor) -> Tensor | None:
+    """What the score knows after steps of weights [B, T, S]."""
+    spec = decoder.spec
+    if spec.history == "none":
+        return None
+    channels = [] if spec.history == "sum" else [weights[:, -1]]
+    if spec.knows_sum:
+        total = weights.sum(1) if weights.shape[1] > 1 else weights[:, 0]
+        fertility = state.memory.fertility
+        if fertility is not None:
+            fertility = fertility if state.owners is None else fertility.index_select(0, state.owners)
+            total = total / fertility
+        channels.append(state.history[:, -1] + total)
+    return torch.stack(channels, 1)
 
 
 def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
@@ -201,7 +236,7 @@ def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
     memory = state.memory
     if decoder.v is not None:
         decoder = replace(decoder, v=decoder.v.detach().clone())
-        if isinstance(memory.keys, Tensor):
+        if isinstance(memory.keys, Tensor) and decoder.spec.history == "none":
             memory = replace(memory, keys=prepare_keys(memory.keys))
     packed = ops.decoder.pack_decoder(
         decoder.spec.cell,
@@ -211,6 +246,8 @@ def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
         decoder.b_query,
         decoder.w_output,
         decoder.b_output,
+        decoder.w_conv,
+        decoder.w_feature,
     )
     return replace(state, memory=memory, packed=packed, decoder=decoder)
 
@@ -234,7 +271,7 @@ def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[T
         None if attentional is None else output,
         state.memory,
         weights.squeeze(1),
-        None,
+        _history_after(decoder, state, weights),
         state.packed,
         decoder,
         state.owners,
@@ -345,13 +382,17 @@ def _tensors(decoder: Decoder, input: Tensor, state: DecoderState) -> ops.decode
         memory.mask,
         state.h,
         state.c,
-        state.context if spec.order == "luong" and spec.context_at >= 0 else None,
+        state.context if spec.order != "bahdanau" and spec.context_at >= 0 else None,
         state.attentional if spec.attentional_at >= 0 else None,
         decoder.w_query,
         decoder.b_query,
         decoder.v,
         decoder.w_output,
         decoder.b_output,
+        state.history if spec.history != "none" else None,
+        decoder.w_conv,
+        decoder.w_feature,
+        memory.fertility,
     )
 
 

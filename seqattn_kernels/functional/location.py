@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqattn_kernels import ops
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.attention import PreparedKeys, finish
 from seqattn_kernels.functional.masks import resolve_masks
-from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import Weighting, weighting_of
-from seqattn_kernels.reference.attention import location_features
+from seqattn_kernels.functional.scoring import attend, score_backend
+from seqattn_kernels.functional.weighting import Weighting, context_of, weigh, weighting_of
+from seqattn_kernels.reference.attention import attended, location_features, without_unattended
 
 
 def location_attention(
@@ -70,20 +71,39 @@ def location_attention(
     expect_devices(query, history=history, conv_weight=conv_weight, feature_weight=feature_weight)
     if not history_gradient:
         history = history.detach()
+    masks = resolve_masks(query, keys, lengths, mask, mask_polarity)
+    wide = query.dtype in WIDE and all(t.dtype == query.dtype for t in (history, conv_weight, feature_weight))
+    if wide and score_backend("additive", query, backend) == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return _in_one(
+            query, keys, v, (history, conv_weight, feature_weight), values, bias, masks, weighting, need_weights
+        )
     features = location_features(history, conv_weight)
     return _with_features(
-        query,
-        keys,
-        v,
-        features,
-        feature_weight.t(),
-        values,
-        bias,
-        resolve_masks(query, keys, lengths, mask, mask_polarity),
-        weighting,
-        need_weights,
-        backend,
+        query, keys, v, features, feature_weight.t(), values, bias, masks, weighting, need_weights, backend
     )
+
+
+def _in_one(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    location: tuple[Tensor, Tensor, Tensor],
+    values: Tensor | None,
+    bias: Tensor | None,
+    masks: tuple[Tensor | None, Tensor | None],
+    weighting: Weighting | str | None,
+    need_weights: bool,
+) -> tuple[Tensor, Any]:
+    """By the CPU's operator of location-sensitive scores; `location` is history, conv_weight, feature_weight."""
+    query, values = _checked(query, keys, v, values, bias)
+    chosen = weighting_of(weighting)
+    lengths, mask = masks
+    clean = keys if mask is None else without_unattended(keys, attended(keys, None, mask))
+    scores = ops.location.scores(query, clean, v, *location, lengths)
+    single = query.dim() == 2
+    weights = weigh(scores.unsqueeze(1) if single else scores, lengths, mask, chosen)
+    context = context_of(weights, values, lengths, mask, chosen)
+    return finish(context, weights if need_weights else None, single, query.dtype)
 
 
 def coverage_attention(
@@ -187,14 +207,7 @@ def _with_features(
     backend: str | None,
 ) -> tuple[Tensor, Any]:
     single, dtype = query.dim() == 2, query.dtype
-    values = keys if values is None else values
-    expect_shape("v", v, "[A]", {"A": query.shape[-1]})
-    expect_shape("values", values, "[B, S, D]", {"B": query.shape[0], "S": keys.shape[1]})
-    expect_floats(query=query, keys=keys, values=values, v=v)
-    expect_devices(query, keys=keys, values=values, v=v)
-    if bias is not None:
-        expect_shape("bias", bias, "[A]", {"A": v.shape[0]})
-        query = (query if query.dtype in WIDE else query.float()) + bias
+    query, values = _checked(query, keys, v, values, bias)
     context, weights = attend(
         "additive",
         query.unsqueeze(1) if single else query,
@@ -209,3 +222,18 @@ def _with_features(
         backend=backend,
     )
     return finish(context, weights, single, dtype)
+
+
+def _checked(
+    query: Tensor, keys: Tensor, v: Tensor, values: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Query with the bias, and values."""
+    values = keys if values is None else values
+    expect_shape("v", v, "[A]", {"A": query.shape[-1]})
+    expect_shape("values", values, "[B, S, D]", {"B": query.shape[0], "S": keys.shape[1]})
+    expect_floats(query=query, keys=keys, values=values, v=v)
+    expect_devices(query, keys=keys, values=values, v=v)
+    if bias is not None:
+        expect_shape("bias", bias, "[A]", {"A": v.shape[0]})
+        query = (query if query.dtype in WIDE else query.float()) + bias
+    return query, values

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import ops, reference
+from seqattn_kernels import native, ops, reference
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import Weighting, choose_backend, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import SOFTMAX, Weighting, choose_backend, context_of, weigh, weighting_of
 from seqattn_kernels.reference.attention import attended
 
 
@@ -35,30 +35,56 @@ def feature_attention(
         lengths: tensor [B] on any device, zeros allowed; integers or fractions of S.
         mask: boolean [B, S], True where to attend; with ``mask_polarity="ignore"`` where not to.
         reduce: sum over time.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
     """
+    if _taken_as_given(input, mask, mask_polarity, backend):
+        try:
+            return ops.features.attention(input, weight, bias, lengths, mask, reduce)
+        except (RuntimeError, TypeError, ValueError):
+            pass
     expect_rank("input", input, "[B, S, D]", 3)
-    expect_shape("weight", weight, "[D, D]", {"D": input.shape[2]})
-    attend = None
+    sizes = {"D": input.shape[2]}
+    expect_shape("weight", weight, "[D, D]", sizes)
+    if bias is not None:
+        expect_shape("bias", bias, "[D]", sizes)
     if lengths is not None or mask is not None:
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
         if isinstance(mask, Tensor):
             expect_shape("mask", mask, "[B, S]", {"B": input.shape[0], "S": input.shape[1]})
         lengths, mask = resolve(input.shape[0], None, input.shape[1], input.device, lengths, mask, mask_polarity)
-        attend = attended(input, lengths, mask)
-        assert attend is not None
-        attend = attend.transpose(1, 2)
-    if input.dtype in WIDE and weight.dtype == input.dtype and choose_backend(input, backend) == "cpu":
-        # Where gradients of the layer will be asked for, 0 * NaN must not get into them.
-        clean = input if attend is None or not torch.is_grad_enabled() else input.masked_fill(~attend, 0)
-        inner = F.linear(clean, weight, bias)
-        if inner.dtype == input.dtype:  # autocast may say otherwise
-            return ops.features.weighted(inner, clean, lengths, mask, reduce)
+    if _computed_here(input, choose_backend(input, backend), weight, bias):
+        return ops.features.attention(input, weight, bias, lengths, mask, reduce)
+    attend = attended(input, lengths, mask)
+    attend = None if attend is None else attend.transpose(1, 2)
     return reference.attention.feature_attention(input, weight, bias, attend, reduce)
+
+
+def _taken_as_given(input: Tensor, mask: Tensor | None, mask_polarity: str, backend: str | None) -> bool:
+    """Whether an operator gets the arguments as they are. It looks at everything itself; what it refuses is looked at
+    again in Python, to convert it or to say why."""
+    return (
+        backend is None
+        and isinstance(input, Tensor)
+        and input.is_cpu
+        and input.dtype in WIDE
+        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _computed_here(input: Tensor, backend: str, *parameters: Tensor | None) -> bool:
+    """Whether the operators of this room take them: of one dtype, which autocast would change."""
+    return (
+        (backend == "triton" or (backend == "cpu" and input.dtype in WIDE))
+        and all(t is None or t.dtype == input.dtype for t in parameters)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
 
 
 def pooling_attention(
@@ -90,12 +116,22 @@ def pooling_attention(
     Returns:
         pooled [B, D] or [B, R, D], weights [B, S] or [B, R, S].
     """
+    chosen = weighting_of(weighting)
+    plain = chosen is SOFTMAX or chosen == SOFTMAX
+    if plain and _taken_as_given(input, mask, mask_polarity, backend):
+        try:
+            found = ops.pooling.attention(input, weight, bias, v, values, lengths, mask)
+        except (RuntimeError, TypeError, ValueError):
+            pass
+        else:
+            return found[0], found[1] if need_weights else None
     expect_rank("input", input, "[B, S, K]", 3)
     batch, source, width = input.shape
     expect_shape("weight", weight, "[A, K]", {"K": width})
     expect_rank("v", v, "[A] or [R, A]", 1, 2)
     sizes = {"A": weight.shape[0], "B": batch, "S": source}
     expect_shape("v", v, "[A]" if v.dim() == 1 else "[R, A]", sizes)
+    own_values = values
     values = input if values is None else values
     expect_shape("values", values, "[B, S, D]", sizes)
     if bias is not None:
@@ -103,7 +139,13 @@ def pooling_attention(
     expect_floats(input=input, values=values, weight=weight, v=v)
     expect_devices(input, values=values, weight=weight, v=v)
     lengths, mask = resolve(batch, None, source, input.device, lengths, mask, mask_polarity)
-    chosen = weighting_of(weighting)
+    name = choose_backend(input, backend)
+    here = name == "cpu" and _computed_here(input, name, weight, bias, v, own_values)
+    if here and plain and not (mask is not None and mask.requires_grad):
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(input.dtype)
+        found = ops.pooling.attention(input, weight, bias, v, own_values, lengths, mask)
+        return found[0], found[1] if need_weights else None
     clean = attended_keys(input, lengths, mask)
     if v.dim() == 1:
         keys = F.linear(clean, weight)
@@ -122,6 +164,9 @@ def pooling_attention(
         )
         return context.squeeze(1).to(input.dtype), None if weights is None else weights.squeeze(1).to(input.dtype)
     inner = F.linear(clean, weight, bias)
-    scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
+    if choose_backend(inner, backend) == "triton":
+        scores = ops.pooling.scores_of_rows(inner, v.to(inner.dtype))
+    else:
+        scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
     weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)
     return context_of(weights, values, lengths, mask, chosen), weights if need_weights else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.arguments import FLOATS, WIDE, expect_rank
 from seqattn_kernels.functional.masks import resolve
 from seqattn_kernels.reference.attention import attended, without_unattended
@@ -89,6 +90,26 @@ def computed_wide(t: Tensor, backend: str) -> bool:
     return backend in ("cpu", "reference") and t.dtype not in WIDE
 
 
+def normalize(
+    weighting: Weighting,
+    scores: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    compute: Callable[..., Tensor] = ops.scores.normalize,
+) -> Tensor:
+    """``compute`` of the scores and masks with the numbers of a weighting."""
+    return compute(
+        weighting.normalizer,
+        scores,
+        lengths,
+        mask,
+        float(weighting.scale),
+        float(weighting.temperature),
+        float(weighting.fill),
+        weighting.empty_rows == "zeros",
+    )
+
+
 def weigh(
     scores: Tensor, lengths: Tensor | None, mask: Tensor | None, weighting: Weighting, backend: str | None = None
 ) -> Tensor:
@@ -100,16 +121,7 @@ def weigh(
     if mask is not None and mask.dtype != torch.bool and mask.dtype != scores.dtype:
         mask = mask.to(scores.dtype)
     compute = reference.normalizers.normalize if name == "reference" else ops.scores.normalize
-    weights = compute(
-        weighting.normalizer,
-        scores,
-        lengths,
-        mask,
-        float(weighting.scale),
-        float(weighting.temperature),
-        float(weighting.fill),
-        weighting.empty_rows == "zeros",
-    )
+    weights = normalize(weighting, scores, lengths, mask, compute)
     return weights if weights.dtype == dtype else weights.to(dtype)
 
 
@@ -121,7 +133,8 @@ def context_of(
     dropped = dropped if dropped.dtype == values.dtype else dropped.to(values.dtype)
     if lengths is None and mask is None:
         return torch.bmm(dropped, values)
-    if values.dtype in WIDE and choose_backend(values) == "cpu":
+    name = choose_backend(values)
+    if name == "triton" or (name == "cpu" and values.dtype in WIDE):
         return ops.scores.context(dropped, values)
     attend = attended(values, lengths, mask)
     if weighting.fill != -math.inf or weighting.empty_rows == "eager":
@@ -208,6 +221,22 @@ def _normalized(
     causal: bool,
     backend: str | None,
 ) -> Tensor:
+    if (
+        backend is None
+        and isinstance(scores, Tensor)
+        and scores.is_cpu
+        and scores.dtype in WIDE
+        and scores.dim() < 4
+        and not causal
+        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+    ):
+        # The operator looks at everything itself; what it refuses is looked at below, to convert it or to say why.
+        try:
+            return normalize(weighting, scores, lengths, mask)
+        except (RuntimeError, TypeError, ValueError):
+            pass
     expect_rank("scores", scores, "[B, S], [B, T, S] or [B, N, T, S]", 2, 3, 4)
     if scores.dtype not in FLOATS:
         raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqattn_kernels.kernels.context import contained, product
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.rows import normalize_bwd, normalize_fwd
 from seqattn_kernels.kernels.score_backward import scores_bwd
@@ -20,23 +21,6 @@ from seqattn_kernels.kernels.step import STEP_WIDTH, step_bwd, step_fwd
 
 # Queries for each batch element up to which reading keys again for each costs less than a tile of queries.
 FEW = 4
-
-
-def clean(values: Tensor, masks: Masks) -> Tensor:
-    """values [B, S, D] with zeros where no query attends: 0 * NaN is NaN."""
-    used = masks.used()
-    keep = None if used is None else used != 0
-    if masks.lengths is not None:
-        inside = torch.arange(values.shape[1], device=values.device) < masks.lengths.unsqueeze(1)
-        keep = inside if keep is None else keep & inside
-    return values if keep is None else values.masked_fill(~keep.unsqueeze(-1), 0)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result, whatever the inputs."""
-    if a.dtype == b.dtype == torch.float32:
-        return torch.bmm(a, b)
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
 def attention_fwd(
@@ -58,7 +42,8 @@ def attention_fwd(
     scores = scores_fwd(score, query, keys, v, masks)
     weights = scores if query.dtype == torch.float32 else torch.empty_like(scores, dtype=query.dtype)
     normalize_fwd(normalizer, scores, weights, masks)
-    return torch.bmm(weights, clean(values, masks)), weights if need_weights else None
+    context = contained(weights, values) if masks.hide else torch.bmm(weights, values)
+    return context, weights if need_weights else None
 
 
 def attention_bwd(
@@ -92,9 +77,11 @@ def attention_bwd(
         return d_query.squeeze(1), *rest  # type: ignore[return-value]
     from_context = d_values = None
     if d_context is not None:
-        from_context = product(d_context, clean(values, masks).transpose(1, 2))
+        # What values without weight make of it is not looked at.
+        from_context = product(d_context, values.transpose(1, 2))
         if need_values:
-            d_values = torch.bmm(weights.transpose(1, 2), d_context)
+            by_key = weights.transpose(1, 2)
+            d_values = contained(by_key, d_context) if masks.hide else torch.bmm(by_key, d_context)
     elif need_values:
         d_values = torch.zeros_like(values)
     d_scores = torch.empty_like(weights, dtype=torch.float32) if from_context is None else from_context
@@ -103,7 +90,7 @@ def attention_bwd(
     # Softmax and its kin leave no weight where a key is hidden, and so no gradient.
     normalize_bwd(normalizer, weights.contiguous(), from_context, d_weights, d_scores)
     if query.shape[1] == 1 and query.shape[2] <= STEP_WIDTH:
-        d_query, d_keys, d_v = step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, v, masks)
+        d_query, d_keys, d_v = step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, v)
         return d_query.unsqueeze(1), d_keys, d_values, d_v
     d_query, d_keys, d_v = scores_bwd(score, d_scores, query, keys, v, masks)
     return d_query, d_keys, d_values, d_v

@@ -19,8 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqattn_kernels.kernels import tiles
+from seqattn_kernels.kernels.alignment import LARGEST_BLOCK, monotonic_bwd_kernel, monotonic_fwd_kernel
+from seqattn_kernels.kernels.context import contain_kernel
 from seqattn_kernels.kernels.disassembly import Listing, listing
 from seqattn_kernels.kernels.exponentials import GROUP, UNROLL, exponentials_kernel, group_of
+from seqattn_kernels.kernels.features import feature_bwd_kernel, feature_fwd_kernel
+from seqattn_kernels.kernels.pooling import pool_bwd_kernel, pool_fwd_kernel
 from seqattn_kernels.kernels.rows import normalize_bwd_kernel, normalize_fwd_kernel
 from seqattn_kernels.kernels.score_backward import scores_bwd_kernel
 from seqattn_kernels.kernels.score_forward import scores_fwd_kernel
@@ -55,7 +59,8 @@ TYPES = {"lengths": "*i64", "used": "*u8"} | dict.fromkeys(
     ],
     "*fp32",
 )
-INTEGERS = ("n_step", "m_step", "mask_b", "mask_t", "splits", "heads")
+INTEGERS = {"n_step", "m_step", "mask_b", "mask_t", "splits", "heads", "weights_b", "weights_t", "weights_s"}
+INTEGERS |= {"values_b", "values_s", "values_d", "features_b", "features_t"}
 NUMBERS = ("scale", "temperature", "fill", "factor")
 
 
@@ -93,6 +98,10 @@ def configurations(tuning: bool) -> Iterator[Configuration]:
             yield from _step_fwd(step, dtype)
         for step in tiles.STEP_BACKWARD_TILES if tuning else [tiles.STEP_BACKWARD]:
             yield _step_bwd(step, dtype)
+        yield Configuration("contain", contain_kernel, dict(values_d=1, T_BLOCK=16, D_BLOCK=64), 4, dtype)
+        yield from _features(dtype)
+        if dtype == "fp32":
+            yield from _alignment()
         yield Configuration("step_join", step_join_kernel, dict(SPLITS=8, S_BLOCK=512, D_BLOCK=128), 4, dtype)
     yield from _any_score()
 
@@ -128,7 +137,8 @@ def _scores_bwd(tile: tiles.BackwardTile, dtype: str) -> Iterator[Configuration]
         side = "query, v" if own_query else "keys"
         name = f"scores_bwd {side} {tile.N}x{tile.A}, {tile.stages} x {tile.rows} rows"
         terms = tile.N * tile.A * tile.rows
-        yield Configuration(name, scores_bwd_kernel, constants, tile.warps, dtype, terms, registers=tile.registers)
+        registers = tile.registers if own_query else tile.key_registers
+        yield Configuration(name, scores_bwd_kernel, constants, tile.warps, dtype, terms, registers=registers)
 
 
 def _rows(dtype: str) -> Iterator[Configuration]:
@@ -148,9 +158,13 @@ def _step_fwd(tile: tiles.StepTile, dtype: str) -> Iterator[Configuration]:
         constants = dict(
             FORWARD=SCORES["additive"].forward, QUICK=SCORES["additive"].quick, ADDED=False,
             S_BLOCK=tile.elements // 512, A_BLOCK=512, D_BLOCK=512, WHOLE=whole, STAGES=tile.stages, mask=None,
+            features=None, feature_weight=None,
         )  # fmt: skip
         name = f"step_fwd {'whole' if whole else 'split'} {tile.elements}, {tile.stages} stages"
         yield Configuration(name, step_fwd_kernel, constants, tile.warps, dtype, tile.elements)
+    scores = constants | dict(QUICK=None, values=None, features_t=0, WHOLE=False)
+    del scores["features"], scores["feature_weight"]
+    yield Configuration("step_fwd scores with features", step_fwd_kernel, scores, tile.warps, dtype)
 
 
 def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:
@@ -161,6 +175,31 @@ def _step_bwd(tile: tiles.StepTile, dtype: str) -> Configuration:
     )  # fmt: skip
     name = f"step_bwd {tile.elements}, {tile.stages} stages"
     return Configuration(name, step_bwd_kernel, constants, tile.warps, dtype, tile.elements)
+
+
+def _features(dtype: str) -> Iterator[Configuration]:
+    tile = tiles.FEATURES
+    for reduce in (False, True):
+        for name, add, write in (("whole", True, True), ("sums", True, False), ("weights", False, True)):
+            constants = dict(
+                ADD=add, WRITE=write, REDUCE=reduce, SPLITS=8, S_BLOCK=tile.S, D_BLOCK=tile.D, STAGES=tile.stages,
+            )  # fmt: skip
+            name += ", reduced" if reduce else ""
+            types = {"mask": "*u8"}
+            yield Configuration(f"feature_fwd {name}", feature_fwd_kernel, constants, tile.warps, dtype, types=types)
+            yield Configuration(f"feature_bwd {name}", feature_bwd_kernel, constants, tile.warps, dtype, types=types)
+    for rows in (16, tiles.POOL.R):
+        constants = dict(R_BLOCK=rows, S_BLOCK=tiles.POOL.S, A_BLOCK=tiles.POOL.A)
+        types = {"scores": "*" + dtype, "d_scores": "*" + dtype}
+        yield Configuration(f"pool_fwd {rows} rows", pool_fwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
+        yield Configuration(f"pool_bwd {rows} rows", pool_bwd_kernel, constants, tiles.POOL.warps, dtype, types=types)
+
+
+def _alignment() -> Iterator[Configuration]:
+    for block in (64, LARGEST_BLOCK):
+        warps = max(1, block // 256)
+        yield Configuration(f"monotonic_fwd {block} keys", monotonic_fwd_kernel, dict(BLOCK=block), warps)
+        yield Configuration(f"monotonic_bwd {block} keys", monotonic_bwd_kernel, dict(BLOCK=block), warps)
 
 
 def _any_score() -> Iterator[Configuration]:
@@ -212,7 +251,9 @@ def described(c: Configuration, found: Listing, target: GPUTarget) -> str:
         issued = found.loop.total() * target.warp_size * c.warps / c.terms
         line += f"{issued:5.2f} a term"
         if c.name.startswith("scores") and target == TARGETS["sm_90"]:
-            line += f", {1e3 * BAR * issued / ISSUED:.2f} ms (a tanh each: {1e3 * BAR / SPECIAL:.2f})"
+            special = found.loop["MUFU"] * target.warp_size * c.warps / c.terms
+            longest = max(issued / ISSUED, special / SPECIAL)
+            line += f", {1e3 * BAR * longest:.2f} ms (a tanh each: {1e3 * BAR / SPECIAL:.2f})"
         line += ": "
     return line + ", ".join(f"{n} {op}" for op, n in found.loop.most_common(7))
 
@@ -220,7 +261,8 @@ def described(c: Configuration, found: Listing, target: GPUTarget) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Compile every kernel ahead of time; print registers, spills, shared memory, the inner loop, the "
-        "time that its instructions take at (B, T, S, A) = (64, 512, 512, 512) on an H200 when one issues every cycle."
+        "time that its instructions take at (B, T, S, A) = (64, 512, 512, 512) on an H200 when one issues every cycle, "
+        "or its special functions where they take longer."
     )
     parser.add_argument("--target", choices=TARGETS, action="append", help="all by default")
     parser.add_argument("--match", default="", help="only configurations whose name holds this")

@@ -74,11 +74,12 @@ def exponentials_kernel(
     rows = x + b * N * A + n.to(tl.int64)[:, None] * A
     block = tl.load(rows + a[None, :], mask=there, other=0.0).to(tl.float32)
     span = spans + group.to(tl.int64) * 2 * AP + a
-    tl.store(span, tl.max(tl.where(there, block, float("-inf")), 0), mask=a < AP)
+    # A NaN takes the direct form, which keeps it where it is seen; maxima lose it.
+    top = tl.where(block == block, block, float("inf"))
+    tl.store(span, tl.max(tl.where(there, top, float("-inf")), 0), mask=a < AP)
     tl.store(span + AP, tl.min(tl.where(there, block, float("inf")), 0), mask=a < AP)
     # Past this the kernels take the direct form; nothing here may overflow.
     e = exp_of_double(tl.minimum(tl.maximum(block, -32.0), 32.0))
-    e = tl.where(block == block, e, block)
     if v is not None:
         v += b % heads * A
         all_a = tl.arange(0, V_COLUMNS)

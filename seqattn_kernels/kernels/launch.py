@@ -17,6 +17,12 @@ def target() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+@triton.constexpr_function
+def precision_of(target):
+    """Of products of float32: three of tf32 lose 2 bits of 24, and take tensor cores."""
+    return "tf32x3" if target == "cuda" else "ieee"
+
+
 def on_device(t: Tensor) -> Any:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
@@ -43,6 +49,10 @@ class Masks(NamedTuple):
             mask = mask.contiguous()
             mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         return cls(lengths if lengths is None else lengths.contiguous(), mask)
+
+    @property
+    def hide(self) -> bool:
+        return self.lengths is not None or self.mask is not None
 
     @property
     def added(self) -> bool:

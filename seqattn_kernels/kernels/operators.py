@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from seqattn_kernels.kernels import attention, rows, score_backward, score_forward, step
+from seqattn_kernels.kernels.checks import expect_dtype, expect_rank, expect_served, expect_shape, masks_of
+from seqattn_kernels.kernels.context import contained, product
 from seqattn_kernels.kernels.launch import Masks
 from seqattn_kernels.kernels.scores import SCORES, Score
 
 NORMALIZERS = ("softmax", "sparsemax", "entmax15", "sigmoid")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _score(kind: str) -> Score:
@@ -22,27 +22,14 @@ def _score(kind: str) -> Score:
     return SCORES[kind]
 
 
-def _expect_shape(name: str, t: Tensor, text: str, *shapes: Sequence[int]) -> None:
-    if tuple(t.shape) not in [tuple(shape) for shape in shapes]:
-        raise ValueError(f"{name}: expected {text}, got {list(t.shape)}")
-
-
-def _expect_dtype(name: str, t: Tensor, like: Tensor, *others: torch.dtype) -> None:
-    if t.dtype != like.dtype and t.dtype not in others:
-        raise TypeError(f"{name}: expected {like.dtype} (from query), got {t.dtype}")
-    if t.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} (from query), got {t.device}")
-
-
 def _check_attention(query: Tensor, keys: Tensor, v: Tensor | None, values: Tensor | None) -> None:
     if query.dim() not in (2, 3):
         raise ValueError(f"query: expected [B, A] or [B, T, A], got {list(query.shape)}")
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query: expected one of {[str(d) for d in DTYPES]}, got {query.dtype}")
+    expect_served("query", query)
     batch, width = query.shape[0], query.shape[-1]
     if keys.dim() != 3 or keys.shape[0] != batch or keys.shape[2] != width:
         raise ValueError(f"keys: expected [B, S, A] with B={batch}, A={width} (from query), got {list(keys.shape)}")
-    _expect_dtype("keys", keys, query)
+    expect_dtype("keys", keys, query)
     if v is not None:
         heads = v.shape[0] if v.dim() == 2 else 1
         fits = v.dim() in (1, 2) and v.shape[-1] == width and heads > 0 and batch % heads == 0
@@ -50,29 +37,19 @@ def _check_attention(query: Tensor, keys: Tensor, v: Tensor | None, values: Tens
             raise ValueError(
                 f"v: expected [A] or [H, A] with A={width}, H dividing B={batch} (from query), got {list(v.shape)}"
             )
-        _expect_dtype("v", v, query)
+        expect_dtype("v", v, query)
     if values is not None:
         if values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
             raise ValueError(
                 f"values: expected [B, S, D] with B={batch}, S={keys.shape[1]} (from keys), got {list(values.shape)}"
             )
-        _expect_dtype("values", values, query)
+        expect_dtype("values", values, query)
 
 
-def _masks(batch: int, steps: int, source: int, like: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Masks:
-    """Lengths below 0 or above S, which can't be looked at without a wait for the device, count as 0 and S."""
-    if lengths is not None:
-        _expect_shape("lengths", lengths, f"[B] with B={batch}", (batch,))
-        _expect_dtype("lengths", lengths, like, torch.int64)
-        if lengths.dtype != torch.int64:
-            raise TypeError(f"lengths: expected torch.int64, got {lengths.dtype}")
-    if mask is not None:
-        text = f"[B, S], [B, 1, S] or [B, T, S] with B={batch}, T={steps}, S={source}"
-        _expect_shape("mask", mask, text, (batch, source), (batch, 1, source), (batch, steps, source))
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask: expected torch.bool or a floating dtype, got {mask.dtype}")
-        _expect_dtype("mask", mask, like, mask.dtype)
-    return Masks.of(lengths, mask)
+def additive_pack(keys: Tensor) -> Tensor:
+    """There is no order of keys that serves better than their own: a step is bound by reading them, and exponentials in
+    float32 would be no less to read; many queries share those that a call computes."""
+    raise ValueError(f"keys: expected a tensor on the CPU, got {keys.device}, where keys are read as they are")
 
 
 def additive_fwd(
@@ -89,7 +66,7 @@ def additive_fwd(
     if packed is not None:
         raise ValueError(f"packed: expected None on {query.device}, where keys are read as they are")
     steps = query.shape[1] if query.dim() == 3 else 1
-    masks = _masks(query.shape[0], steps, keys.shape[1], query, lengths, mask)
+    masks = masks_of(query.shape[0], steps, keys.shape[1], query, lengths, mask)
     context, weights = attention.attention_fwd(SCORES["additive"], query, keys, values, v, masks, need_weights)
     return context, query.new_empty(0) if weights is None else weights
 
@@ -108,7 +85,7 @@ def additive_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_attention(query, keys, v, values)
     steps = query.shape[1] if query.dim() == 3 else 1
-    masks = _masks(query.shape[0], steps, keys.shape[1], query, lengths, mask)
+    masks = masks_of(query.shape[0], steps, keys.shape[1], query, lengths, mask)
     d_query, d_keys, d_values, d_v = attention.attention_bwd(
         SCORES["additive"], query, keys, values, v, weights, d_context, d_weights, masks, need_values
     )
@@ -128,15 +105,18 @@ def scores_fwd(
     """Scores [B, T, S] of query [B, T, A] and keys [B, S, A]; 0 past `lengths`."""
     score = _score(kind)
     _check_scores(query, keys, v, features, feature_weight)
-    masks = _masks(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
-    if features is not None and features.dim() == 4:
-        assert feature_weight is not None
+    masks = masks_of(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
+    by_step = features is not None and features.dim() == 4
+    if features is not None and query.shape[2] <= step.STEP_WIDTH and (by_step or query.shape[1] <= attention.FEW):
+        scores = step.step_scores(score, query, keys, v, features, feature_weight)
+    elif features is not None and by_step:
         per_step = [
             scores_fwd(kind, query[:, t : t + 1], keys, v, features[:, t], feature_weight, lengths)
             for t in range(query.shape[1])
         ]
         return torch.cat(per_step, 1) if per_step else query.new_empty(query.shape[0], 0, keys.shape[1])
-    scores = _raw_scores(score, query, _with_features(keys, features, feature_weight), v)
+    else:
+        scores = _raw_scores(score, query, _with_features(keys, features, feature_weight), v)
     if masks.lengths is not None:
         past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
         scores.masked_fill_(past.unsqueeze(1), 0)
@@ -159,16 +139,12 @@ def scores_bwd(
     """
     score = _score(kind)
     _check_scores(query, keys, v, features, feature_weight)
-    masks = _masks(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
-    _expect_shape("d_scores", d_scores, "[B, T, S]", (*query.shape[:2], keys.shape[1]))
+    masks = masks_of(query.shape[0], query.shape[1], keys.shape[1], query, lengths, None)
+    expect_shape("d_scores", d_scores, "[B, T, S]", (*query.shape[:2], keys.shape[1]))
     d_scores = d_scores.float()
     if masks.lengths is not None:
         past = torch.arange(keys.shape[1], device=keys.device) >= masks.lengths.unsqueeze(1)
         d_scores = d_scores.masked_fill(past.unsqueeze(1), 0)
-    some = d_scores != 0
-    if query.shape[1]:
-        query = query.masked_fill(~some.any(2, keepdim=True), 0) if keys.shape[1] else query
-        masks = Masks(None, some.any(1, keepdim=True).view(torch.uint8))
     if features is not None and features.dim() == 4:
         assert feature_weight is not None
         return _scores_bwd_by_step(score, d_scores, query, keys, v, features, feature_weight)
@@ -177,11 +153,9 @@ def scores_bwd(
     empty = query.new_empty(0)
     d_features = d_weight = empty
     if features is not None and feature_weight is not None:
-        kept = (
-            features.float().masked_fill((masks.mask == 0).transpose(1, 2), 0) if masks.mask is not None else features
-        )
         d_features = (d_inner.float() @ feature_weight.float().t()).to(features.dtype)
-        d_weight = (kept.float().flatten(0, 1).t() @ d_inner.float().flatten(0, 1)).to(feature_weight.dtype)
+        by_column = d_inner.float().flatten(0, 1).t().unsqueeze(0)
+        d_weight = contained(by_column, features.float().flatten(0, 1).unsqueeze(0))[0].t().to(feature_weight.dtype)
     return d_query, d_inner.to(keys.dtype), empty if d_v is None else d_v, d_features, d_weight
 
 
@@ -220,8 +194,7 @@ def _scores_bwd_by_step(
 def _check_scores(
     query: Tensor, keys: Tensor, v: Tensor | None, features: Tensor | None, feature_weight: Tensor | None
 ) -> None:
-    if query.dim() != 3:
-        raise ValueError(f"query: expected [B, T, A], got {list(query.shape)}")
+    expect_rank("query", query, "[B, T, A]")
     _check_attention(query, keys, v, None)
     if (features is None) != (feature_weight is None):
         raise ValueError("feature_weight: expected it together with features, got one without the other")
@@ -234,9 +207,9 @@ def _check_scores(
             )
         count = feature_weight.shape[0]
         text = f"[B, S, F] or [B, T, S, F] with B={batch}, T={steps}, S={source}, F={count}"
-        _expect_shape("features", features, text, (batch, source, count), (batch, steps, source, count))
-        _expect_dtype("features", features, query)
-        _expect_dtype("feature_weight", feature_weight, query)
+        expect_shape("features", features, text, (batch, source, count), (batch, steps, source, count))
+        expect_dtype("features", features, query)
+        expect_dtype("feature_weight", feature_weight, query)
 
 
 def _with_features(keys: Tensor, features: Tensor | None, feature_weight: Tensor | None) -> Tensor:
@@ -248,7 +221,7 @@ def _with_features(keys: Tensor, features: Tensor | None, feature_weight: Tensor
 
 def _raw_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
     if score.product and v is None:
-        return attention.product(query, keys.transpose(1, 2))
+        return product(query, keys.transpose(1, 2))
     if v is None and score.exponential:
         v = query.new_ones(query.shape[2])
     if query.shape[1] <= attention.FEW and query.shape[2] <= step.STEP_WIDTH:
@@ -260,12 +233,11 @@ def _raw_gradients(
     score: Score, d_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor | None, masks: Masks
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if score.product and v is None:
-        clean = attention.clean(keys, masks)
-        d_query = torch.bmm(d_scores, clean.float()).to(query.dtype)
-        return d_query, torch.bmm(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
+        d_query = contained(d_scores, keys.float()).to(query.dtype)
+        return d_query, contained(d_scores.transpose(1, 2), query.float()).to(keys.dtype), None
     weight = query.new_ones(query.shape[2]) if v is None and score.exponential else v
     if query.shape[1] == 1 and query.shape[2] <= step.STEP_WIDTH:
-        d_query, d_keys, d_v = step.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight, masks)
+        d_query, d_keys, d_v = step.step_bwd(score, d_scores.squeeze(1), query.squeeze(1), keys, weight)
         d_query = d_query.unsqueeze(1)
     else:
         d_query, d_keys, d_v = score_backward.scores_bwd(score, d_scores, query, keys, weight, masks)
@@ -285,7 +257,7 @@ def normalize_fwd(
     """Weights [B, T, S] of ``(scale * scores + mask) / temperature``, with `fill` where a key is hidden."""
     _check_rows(kind, scores)
     batch, steps, source = scores.shape
-    masks = _masks(batch, steps, source, scores, lengths, mask)
+    masks = masks_of(batch, steps, source, scores, lengths, mask)
     scores = scores.contiguous()
     return rows.normalize_fwd(kind, scores, torch.empty_like(scores), masks, scale, temperature, fill, zero_empty)
 
@@ -300,17 +272,26 @@ def normalize_bwd(
 ) -> Tensor:
     """The gradient of the scores, where `factor` is scale / temperature; 0 at hidden keys and where a weight is 0."""
     _check_rows(kind, weights)
-    _expect_shape("d_weights", d_weights, "the shape of weights", weights.shape)
+    expect_shape("d_weights", d_weights, "the shape of weights", weights.shape)
     batch, steps, source = weights.shape
-    masks = _masks(batch, steps, source, weights, lengths, mask)
+    masks = masks_of(batch, steps, source, weights, lengths, mask)
     weights = weights.contiguous()
     return rows.normalize_bwd(kind, weights, d_weights.contiguous(), None, torch.empty_like(weights), masks, factor)
+
+
+def context_fwd(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [B, T, S] times values [B, S, D]. A value without weight contributes nothing, even if it is NaN."""
+    expect_rank("weights", weights, "[B, T, S]")
+    expect_served("weights", weights)
+    expect_rank("values", values, "[B, S, D]")
+    batch, _, source = weights.shape
+    expect_shape("values", values, f"[B, S, D] with B={batch}, S={source}", (batch, source, values.shape[2]))
+    expect_dtype("values", values, weights, source="weights")
+    return contained(weights, values)
 
 
 def _check_rows(kind: str, scores: Tensor) -> None:
     if kind not in NORMALIZERS:
         raise ValueError(f"kind: expected one of {list(NORMALIZERS)}, got {kind!r}")
-    if scores.dim() != 3:
-        raise ValueError(f"scores: expected [B, T, S], got {list(scores.shape)}")
-    if scores.dtype not in DTYPES:
-        raise TypeError(f"scores: expected one of {[str(d) for d in DTYPES]}, got {scores.dtype}")
+    expect_rank("scores", scores, "[B, T, S]")
+    expect_served("scores", scores)

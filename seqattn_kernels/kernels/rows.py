@@ -152,7 +152,8 @@ def normalize_bwd_kernel(
             share = tl.sqrt(w)
         d = share * (d - tl.sum(share * d, 0) / tl.maximum(tl.sum(share, 0), 1e-30))
         d = tl.where(w == w, d, w)
-    d *= factor
+    # Where a row is NaN, what has no weight has no gradient still.
+    d = tl.where(w != 0, d * factor, 0.0)
     if lengths is not None or mask is not None:
         _, free, _ = visible(s, S, row // T, row % T, lengths, mask, mask_b, mask_t, ADDED)
         d = tl.where(free, d, 0.0)

@@ -23,7 +23,32 @@ from seqattn_kernels.kernels.exponentials import (
     span_of,
 )
 from seqattn_kernels.kernels.launch import EVERYTHING, Masks, on_device, padded, rows_of, target
-from seqattn_kernels.kernels.scores import Score, additive_reciprocals
+from seqattn_kernels.kernels.scores import Score, additive_pair, additive_slope, reciprocal
+
+
+@triton.constexpr_function
+def single_of(rows, precise):
+    """Rows of `rows` that are taken singly, an even number. Precise terms are of more multiply-adds."""
+    return 0 if rows < 8 else rows // 2 if precise else rows // 4
+
+
+@triton.jit
+def row_of(d_scores, other, i, step, AP, n_mask, a_mask, left, MASKED: tl.constexpr):
+    """Gradients [N, 1] and exponentials [1, A] of row i of the other side."""
+    there = n_mask
+    if MASKED:
+        there = n_mask & (i < left)
+    d = tl.load(d_scores + i * step, mask=there, other=0.0)
+    return d[:, None], tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
+
+
+@triton.jit
+def raised(own, other, BOUNDED: tl.constexpr):
+    """1 + e^2(q + k); bounded where products may overflow, which changes tanh by less than 1e-9."""
+    x = own * other + 1.0
+    if BOUNDED:
+        x = tl.minimum(x, 2147483648.0)
+    return x
 
 
 @triton.jit
@@ -39,6 +64,7 @@ def merged_block(
     left,
     AP,
     ROWS: tl.constexpr,
+    SINGLE: tl.constexpr,
     MASKED: tl.constexpr,
     WITH_V: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -49,32 +75,29 @@ def merged_block(
     are multiplied by zero."""
     total = 0.0
     # Few terms are added up before the whole sum is touched: fewer roundings are of its size.
-    part = tl.zeros(acc.shape, tl.float32)
-    for i in tl.static_range(0, ROWS, 2):
-        first, second = n_mask, n_mask
-        if MASKED:
-            first = n_mask & (i < left)
-            second = n_mask & (i + 1 < left)
-        d0 = tl.load(d_scores + i * step, mask=first, other=0.0)[:, None]
-        d1 = tl.load(d_scores + (i + 1) * step, mask=second, other=0.0)[:, None]
-        e0 = tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
-        e1 = tl.load(other + (i + 1) * AP, mask=a_mask, other=0.0)[None, :]
-        r0, r1, c0, c1 = additive_reciprocals(own, own, e0, e1, BOUNDED, PRECISE, TARGET)
-        if PRECISE:
-            part += d0 * r0 * c0
-            part += d1 * r1 * c1
-        else:
-            acc += d0 * (r0 - r0 * r0)
-            acc += d1 * (r1 - r1 * r1)
+    part = acc
+    if PRECISE:
+        part = tl.zeros(acc.shape, tl.float32)
+    # Multiply-adds and special functions are two units: rows taken singly need fewer of the one, pairs of the other.
+    for i in tl.static_range(0, SINGLE):
+        d, e = row_of(d_scores, other, i, step, AP, n_mask, a_mask, left, MASKED)
+        x = raised(own, e, BOUNDED)
+        part, acc_v = additive_slope(part, acc_v, d, own, e, reciprocal(x, TARGET), WITH_V, BOUNDED, PRECISE)
         if WITH_V:
-            acc_v += d0 * r0
-            acc_v += d1 * r1
+            total += d
+    for i in tl.static_range(SINGLE, ROWS, 2):
+        d0, e0 = row_of(d_scores, other, i, step, AP, n_mask, a_mask, left, MASKED)
+        d1, e1 = row_of(d_scores, other, i + 1, step, AP, n_mask, a_mask, left, MASKED)
+        r0, r1 = additive_pair(raised(own, e0, BOUNDED), raised(own, e1, BOUNDED), TARGET)
+        part, acc_v = additive_slope(part, acc_v, d0, own, e0, r0, WITH_V, BOUNDED, PRECISE)
+        part, acc_v = additive_slope(part, acc_v, d1, own, e1, r1, WITH_V, BOUNDED, PRECISE)
+        if WITH_V:
             total += d0 + d1
     if WITH_V:
         acc_v -= 0.5 * total
     if PRECISE:
-        acc += part
-    return acc, acc_v
+        part += acc
+    return part, acc_v
 
 
 @triton.jit
@@ -113,6 +136,7 @@ def merged_rows(
             ROWS,
             AP,
             ROWS,
+            single_of(ROWS, PRECISE or WITH_V),
             False,
             WITH_V,
             BOUNDED,
@@ -134,12 +158,15 @@ def merged_rows(
             count - whole,
             AP,
             ROWS,
+            0,
             True,
             WITH_V,
             BOUNDED,
             PRECISE,
             TARGET,
         )
+    if PRECISE and not BOUNDED:
+        acc *= own
     return acc, acc_v
 
 
@@ -176,9 +203,10 @@ def direct_rows(
                 d_own, _ = GRADIENT(own, row)
             else:
                 _, d_own = GRADIENT(row, own)
-            part += d * d_own
+            # What isn't attended to may be anything.
+            part += tl.where(d != 0, d * d_own, 0.0)
             if WITH_V:
-                acc_v += d * FORWARD(own, row)
+                acc_v += tl.where(d != 0, d * FORWARD(own, row), 0.0)
             d_scores += step
             other += A
         acc += part
@@ -254,7 +282,11 @@ def scores_bwd_kernel(
         other_spans += b * (MP // GROUP_ROWS) * 2 * AP
         other_top, other_low = span_of(other_spans, MP // GROUP_ROWS, a, AP, A_BLOCK, 8)
         exponent = 2.0 * tl.max(bits_of(top + other_top), 0)
-        form = form_of(size_of(top, low), size_of(other_top, other_low), exponent)
+        other_size = size_of(other_top, other_low)
+        form = form_of(size_of(top, low), other_size, exponent)
+        if PRECISE:
+            # Products of a gradient and an exponential of the other side stay in range.
+            form = tl.where((form == 0) & (other_size > 16.0), 1, form)
         e = tl.load(own_exp + b * NP * AP + n_wide[:, None] * AP + a[None, :], mask=there, other=1.0)
         rows = other_exp + b * MP * AP + a
         if form == 0:
@@ -415,7 +447,7 @@ def scores_bwd(
                 GROUP_ROWS=GROUP,
                 TARGET=target(),
                 num_warps=tile.warps,
-                **tiles.limits(tile.registers, target()),
+                **tiles.limits(tile.registers if own_query else tile.key_registers, target()),
             )
         if v is not None and partial is not None:
             d_v = partial.view(batch // rows_of(v), rows_of(v), -1, width).sum((0, 2)).view_as(v).to(v.dtype)

@@ -143,33 +143,29 @@ def additive_bounded(q, k, c, TARGET: tl.constexpr):
     return v * reciprocal(tl.minimum(1.0 + q * v * k, 2147483648.0), TARGET)
 
 
+# The derivative of tanh is 4 r (1 - r) with r = 1 / x. Where r is near 1, 1 - r has lost digits that (x - 1) r has.
 @triton.jit
-def additive_reciprocals(q0, q1, k0, k1, BOUNDED: tl.constexpr, PRECISE: tl.constexpr, TARGET: tl.constexpr):
-    """r = 1 / x of two elements, from one special function, then 1 - r. tanh = 1 - 2 r, its derivative 4 r (1 - r).
-
-    PRECISE: 1 - r = e * r, to its own last bits however near r is to 1, for two more operations.
-    """
-    if PRECISE:
-        e0 = q0 * k0
-        e1 = q1 * k1
-        if BOUNDED:
-            e0 = tl.minimum(e0, 2147483648.0)
-            e1 = tl.minimum(e1, 2147483648.0)
-        x0 = e0 + 1.0
-        x1 = e1 + 1.0
-        d = reciprocal(x0 * x1, TARGET)
-        r0 = d * x1
-        r1 = d * x0
-        return r0, r1, e0 * r0, e1 * r1
-    x0 = q0 * k0 + 1.0
-    x1 = q1 * k1 + 1.0
-    if BOUNDED:
-        x0 = tl.minimum(x0, 2147483648.0)
-        x1 = tl.minimum(x1, 2147483648.0)
+def additive_pair(x0, x1, TARGET: tl.constexpr):
+    """1 / x of two elements, from one special function."""
     d = reciprocal(x0 * x1, TARGET)
-    r0 = d * x1
-    r1 = d * x0
-    return r0, r1, 1.0 - r0, 1.0 - r1
+    return d * x1, d * x0
+
+
+@triton.jit
+def additive_slope(part, sum_v, d, own, other, r, WITH_V: tl.constexpr, BOUNDED: tl.constexpr, PRECISE: tl.constexpr):
+    """part + d * r (1 - r), sum_v + d * r, of own * other = x - 1. PRECISE: to the last bits of a small 1 - r; the
+    factor `own` is then left to who has the whole sum, unless BOUNDED."""
+    t = d * r
+    if PRECISE:
+        if BOUNDED:
+            part += t * (tl.minimum(own * other, 2147483648.0) * r)
+        else:
+            part += t * (other * r)
+    else:
+        part += d * (r - r * r)
+    if WITH_V:
+        sum_v += t
+    return part, sum_v
 
 
 @triton.jit

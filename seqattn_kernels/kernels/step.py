@@ -27,6 +27,10 @@ def step_fwd_kernel(
     keys,  # [B, S, A]
     v,  # [H, A] or None: batch element b has row b % H
     values,  # [B, S, D]; None: only scores are wanted
+    features,  # a term of keys: element (b, t, s, f) at b * features_b + t * features_t + s * F + f; or None
+    feature_weight,  # [F, A]
+    features_b,
+    features_t,
     lengths,  # [B] or None
     mask,  # element (b, t, s) at b * mask_b + t * mask_t + s: uint8, nonzero where to attend, or added; or None
     mask_b,
@@ -39,6 +43,7 @@ def step_fwd_kernel(
     S,
     A,
     D,
+    F,
     SPLIT,  # keys of a split
     heads,
     FORWARD: tl.constexpr,
@@ -82,10 +87,16 @@ def step_fwd_kernel(
         k = tl.load(keys + rows[:, None] * A + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0)
         if values is not None:
             h = tl.load(values + rows[:, None] * D + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        k = k.to(tl.float32)
+        if features is not None:
+            for f in range(0, F):
+                feature = tl.load(features + b * features_b + t * features_t + s * F + f, mask=keep, other=0.0)
+                weight = tl.load(feature_weight + f * A + a, mask=a < A, other=0.0)
+                k += feature.to(tl.float32)[:, None] * weight.to(tl.float32)[None, :]
         if QUICK is None:
-            term = FORWARD(q[None, :], k.to(tl.float32))
+            term = FORWARD(q[None, :], k)
         else:
-            term, _, _ = QUICK(q[None, :], k.to(tl.float32), TARGET)
+            term, _, _ = QUICK(q[None, :], k, TARGET)
         if v is not None:
             weight = tl.load(v + a, mask=a < A, other=0.0).to(tl.float32)
             term = rounded_product(term, weight[None, :], TARGET)
@@ -165,9 +176,7 @@ def step_bwd_kernel(
     query,  # [B, A]
     keys,  # [B, S, A]
     v,  # [H, A] or None: batch element b has row b % H
-    d_scores,  # float32 [B, S]; zero where the query doesn't attend
-    lengths,  # [B] or None
-    used,  # uint8 [B, S] or None: keys of zero don't enter, whatever they hold
+    d_scores,  # float32 [B, S]; zero where the query doesn't attend: such keys don't enter, whatever they hold
     d_keys,  # [B, S, A]
     partial,  # float32 [B, splits, 2, A]: sums of the derivative by q, before v, and of the terms
     S,
@@ -196,17 +205,16 @@ def step_bwd_kernel(
         factor = tl.load(v + a, mask=a_mask, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
     acc_v = tl.zeros((S_BLOCK, A_BLOCK), tl.float32)
+    some = tl.zeros((S_BLOCK,), tl.int32)
     for start in tl.range(first, end, S_BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, S_BLOCK)
         inside = s < end
-        valid = inside
-        if lengths is not None:
-            valid = valid & (s < tl.load(lengths + b))
-        if used is not None:
-            valid = valid & (tl.load(used + b * S + s, mask=valid, other=0) != 0)
+        d = tl.load(d_scores + b * S + s, mask=inside, other=0.0)
+        attended = d != 0
+        some |= attended.to(tl.int32)
+        d = d[:, None]
         place = (b * S + s.to(tl.int64))[:, None] * A + a[None, :]
-        k = tl.load(keys + place, mask=valid[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
-        d = tl.load(d_scores + b * S + s, mask=inside, other=0.0)[:, None]
+        k = tl.load(keys + place, mask=attended[:, None] & a_mask[None, :], other=0.0).to(tl.float32)
         if QUICK is None:
             term = FORWARD(q, k)
             d_q, d_k = GRADIENT(q, k)
@@ -214,10 +222,14 @@ def step_bwd_kernel(
             term, d_q, d_k = QUICK(q, k, TARGET)
         acc += d * d_q
         acc_v += d * term
-        tl.store(d_keys + place, (d * d_k * factor).to(d_keys.dtype.element_ty), mask=inside[:, None] & a_mask[None, :])
+        d_k = (d * d_k * factor).to(d_keys.dtype.element_ty)
+        tl.store(d_keys + place, d_k, mask=attended[:, None] & a_mask[None, :])
+        tl.store(d_keys + place, tl.zeros_like(d_k), mask=(inside & (attended == 0))[:, None] & a_mask[None, :])
+    # A query that attends to nothing may be NaN.
+    attends = tl.max(some, 0) > 0
     at = partial + tl.program_id(0).to(tl.int64) * 2 * A + a
-    tl.store(at, tl.sum(acc, 0), mask=a_mask)
-    tl.store(at + A, tl.sum(acc_v, 0), mask=a_mask)
+    tl.store(at, tl.where(attends, tl.sum(acc, 0), 0.0), mask=a_mask)
+    tl.store(at + A, tl.where(attends, tl.sum(acc_v, 0), 0.0), mask=a_mask)
 
 
 STEP_WIDTH = 4096  # columns a step kernel holds in registers
@@ -264,11 +276,19 @@ def step_fwd(
     return context, weights
 
 
-def step_scores(score: Score, query: Tensor, keys: Tensor, v: Tensor | None) -> Tensor:
-    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]."""
+def step_scores(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor | None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+) -> Tensor:
+    """Scores alone, float32 [B, T, S], of a few queries [B, T, A]; features [B, S, F] or [B, T, S, F]."""
     scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.float32)
     if scores.numel():
-        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tiles.STEP[keys.element_size()])
+        tile = tiles.STEP[keys.element_size()]
+        _step(score, query, keys, v, None, EVERYTHING, scores, None, None, tile, features, feature_weight)
     return scores
 
 
@@ -283,12 +303,19 @@ def _step(
     context: Tensor | None,
     weights: Tensor | None,
     tile: tiles.StepTile,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
 ) -> Tensor | None:
     """Launches the kernel; returns what is to be joined, or None where one program held all keys of its query."""
     (batch, steps, width), source = query.shape, keys.shape[1]
     depth = 0 if values is None else values.shape[2]
     query, keys, v = query.contiguous(), keys.contiguous(), None if v is None else v.contiguous()
     values = None if values is None else values.contiguous()
+    features_b = features_t = filters = 0
+    if features is not None and feature_weight is not None:
+        features, feature_weight = features.contiguous(), feature_weight.contiguous()
+        filters = features.shape[-1]
+        features_b, features_t = features.stride(0), features.stride(1) if features.dim() == 4 else 0
     a_block, d_block = (triton.next_power_of_2(max(n, 16)) for n in (width, depth))
     block = max(1, min(32, tile.elements // max(a_block, d_block)))
     # With enough queries to fill the GPU, each is left whole; else keys are split, as far as it takes.
@@ -304,6 +331,10 @@ def _step(
             keys,
             v,
             values,
+            features,
+            feature_weight,
+            features_b,
+            features_t,
             masks.lengths,
             masks.mask,
             *masks.strides(),
@@ -315,6 +346,7 @@ def _step(
             source,
             width,
             depth,
+            filters,
             split,
             rows_of(v),
             FORWARD=score.forward,
@@ -337,7 +369,6 @@ def step_bwd(
     query: Tensor,
     keys: Tensor,
     v: Tensor | None,
-    masks: Masks,
     tile: tiles.StepTile = tiles.STEP_BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query [B, A], keys and v; d_scores [B, S] must be zero where the query doesn't attend."""
@@ -358,8 +389,6 @@ def step_bwd(
             keys,
             v,
             d_scores.contiguous(),
-            masks.lengths,
-            masks.used(),
             d_keys,
             partial,
             source,

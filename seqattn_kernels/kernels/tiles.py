@@ -28,7 +28,8 @@ class BackwardTile:
     warps: int
     stages: int = 1
     rows: int = 4
-    registers: int | None = None
+    registers: int | None = None  # of the kernel for queries, which adds up the gradient of v too
+    key_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,34 @@ class StepTile:
     programs: int  # that fill the GPU
 
 
+@dataclass(frozen=True)
+class FeatureTile:
+    S: int
+    D: int
+    warps: int
+    stages: int
+    programs: int  # that fill the GPU
+
+
+@dataclass(frozen=True)
+class PoolTile:
+    R: int  # rows of v at a time, at most
+    S: int
+    A: int
+    warps: int
+    programs: int  # that fill the GPU
+
+
 FORWARD = ForwardTile(T=16, S=128, unroll=16, warps=4)
-BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=3, rows=8)
+BACKWARD = BackwardTile(N=16, A=128, warps=4, stages=3, rows=8, registers=168)
 # By the bytes of an element of the inputs.
 STEP = {
     4: StepTile(elements=4096, warps=4, stages=3, programs=256),
     2: StepTile(elements=8192, warps=4, stages=3, programs=256),
 }
 STEP_BACKWARD = StepTile(elements=4096, warps=4, stages=3, programs=1024)
+POOL = PoolTile(R=32, S=32, A=32, warps=4, programs=512)
+FEATURES = FeatureTile(S=16, D=64, warps=4, stages=3, programs=512)
 
 # What a tuning run tries.
 FORWARD_TILES = [
@@ -59,7 +80,7 @@ FORWARD_TILES = [
 ]
 BACKWARD_TILES = [
     BACKWARD,
-    BackwardTile(32, 128, 4, 3, 8, 168),
+    BackwardTile(32, 128, 4, 3, 8, 168, 168),
     BackwardTile(16, 128, 4, 1, 4),
     BackwardTile(16, 128, 4, 2, 4),
 ]

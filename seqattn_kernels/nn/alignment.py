@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from seqattn_kernels import functional
 from seqattn_kernels.functional import PreparedKeys, Weighting
-from seqattn_kernels.nn.attention import Attended, Attention, project, uniform
+from seqattn_kernels.nn.attention import Attended, Attention, ProjectedAttention, project, uniform
 
 
-class LocationSensitiveAttention(Attention):
+class LocationSensitiveAttention(ProjectedAttention):
     """Location-sensitive attention (Chorowski et al., 2015), in the form of Tacotron 2 by default.
 
     Args:
@@ -47,23 +47,15 @@ class LocationSensitiveAttention(Attention):
         *,
         weighting: Weighting | str | None = None,
     ) -> None:
-        super().__init__(weighting)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        self.query_size, self.key_size, self.attention_size = query_size, key_size, attention_size
+        super().__init__(query_size, key_size, attention_size, bias, False, device, dtype, weighting)
         self.cumulative, self.history_gradient = cumulative, history_gradient
-        self.query_proj = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.Linear(key_size, attention_size, bias=False, device=device, dtype=dtype)
         channels = 2 if cumulative else 1
         self.conv = nn.Conv1d(
             channels, filters, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
         )
         self.feature_proj = nn.Linear(filters, attention_size, bias=False, device=device, dtype=dtype)
-        self.v = uniform(attention_size, fan_in=attention_size, device=device, dtype=dtype)
-
-    def prepare_keys(self, keys: Tensor) -> PreparedKeys:
-        """Keys [B, S, key_size] projected once for all steps, which then need ``values``."""
-        return PreparedKeys.unpacked(self.key_proj(keys))
 
     def initial(self, keys: Tensor) -> Tensor:
         """The history before the first step, zeros [B, C, S]; keys [B, S, ..] give sizes, device and dtype."""
@@ -102,7 +94,7 @@ class LocationSensitiveAttention(Attention):
         return self._repr(self.query_size, self.key_size, self.attention_size, f"cumulative={self.cumulative}")
 
 
-class CoverageAttention(Attention):
+class CoverageAttention(ProjectedAttention):
     """Coverage attention: the sum of earlier weights counts in the score (See, Liu, Manning, 2017; Tu et al., 2016).
 
     Args:
@@ -128,20 +120,12 @@ class CoverageAttention(Attention):
         *,
         weighting: Weighting | str | None = None,
     ) -> None:
-        super().__init__(weighting)
-        self.query_size, self.key_size, self.attention_size = query_size, key_size, attention_size
+        super().__init__(query_size, key_size, attention_size, bias, False, device, dtype, weighting)
         self.most_fertile = most_fertile
-        self.query_proj = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.Linear(key_size, attention_size, bias=False, device=device, dtype=dtype)
         self.coverage_weight = uniform(attention_size, fan_in=1, device=device, dtype=dtype)
-        self.v = uniform(attention_size, fan_in=attention_size, device=device, dtype=dtype)
         self.fertility_weight = (
             None if most_fertile is None else uniform(key_size, fan_in=key_size, device=device, dtype=dtype)
         )
-
-    def prepare_keys(self, keys: Tensor) -> PreparedKeys:
-        """Keys [B, S, key_size] projected once for all steps, which then need ``values``."""
-        return PreparedKeys.unpacked(self.key_proj(keys))
 
     def initial(self, keys: Tensor) -> Tensor:
         """The coverage before the first step, zeros [B, S]; keys [B, S, ..] give sizes, device and dtype."""
@@ -177,9 +161,6 @@ class CoverageAttention(Attention):
             weighting=self.current_weighting(),
             **options,
         )
-
-    def extra_repr(self) -> str:
-        return self._repr(self.query_size, self.key_size, self.attention_size)
 
 
 class LocalAttention(Attention):

@@ -49,7 +49,40 @@ class Attention(nn.Module):
         return ", ".join([*map(str, sizes), *filter(None, [Attention.extra_repr(self)])])
 
 
-class AdditiveAttention(Attention):
+class ProjectedAttention(Attention):
+    """What modules share whose scores are ``v . tanh(query_proj(query) + key_proj(keys) + ...)``."""
+
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        attention_size: int,
+        bias: bool,
+        key_bias: bool,
+        device: Any,
+        dtype: Any,
+        weighting: Weighting | str | None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(weighting)
+        self.query_size, self.key_size, self.attention_size = query_size, key_size, attention_size
+        self.query_proj = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
+        self.key_proj = nn.Linear(key_size, attention_size, bias=key_bias, device=device, dtype=dtype)
+        shape = (attention_size,) if heads is None else (heads, attention_size // heads)
+        self.v = uniform(*shape, fan_in=shape[-1], device=device, dtype=dtype)
+
+    def prepare_keys(self, keys: Tensor) -> PreparedKeys:
+        """Keys [B, S, key_size], projected once for many calls of `forward`, which then need ``values``.
+
+        Not to be kept across a change of the module's parameters.
+        """
+        return PreparedKeys.unpacked(self.key_proj(keys))
+
+    def extra_repr(self) -> str:
+        return self._repr(self.query_size, self.key_size, self.attention_size)
+
+
+class AdditiveAttention(ProjectedAttention):
     """Additive attention (Bahdanau, Cho, Bengio, 2014): ``v . tanh(query_proj(query) + key_proj(keys)) + score_bias``.
 
     Args:
@@ -78,18 +111,11 @@ class AdditiveAttention(Attention):
         score_bias: bool = False,
         weighting: Weighting | str | None = None,
     ) -> None:
-        super().__init__(weighting)
-        self.query_size, self.key_size, self.attention_size = query_size, key_size, attention_size
-        self.query_proj = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.Linear(key_size, attention_size, bias=key_bias, device=device, dtype=dtype)
-        self.v = uniform(attention_size, fan_in=attention_size, device=device, dtype=dtype)
+        super().__init__(query_size, key_size, attention_size, bias, key_bias, device, dtype, weighting)
         self.score_bias = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if score_bias else None
 
     def prepare_keys(self, keys: Tensor) -> PreparedKeys:
-        """Keys [B, S, key_size], projected and prepared once for many calls of `forward`, which then need ``values``.
-
-        Not to be kept across a change of the module's parameters.
-        """
+        """As `ProjectedAttention.prepare_keys`, and laid out for the kernels."""
         return functional.prepare_keys(self.key_proj(keys))
 
     def forward(
@@ -106,9 +132,6 @@ class AdditiveAttention(Attention):
             weighting=self.current_weighting(),
             **options,
         )
-
-    def extra_repr(self) -> str:
-        return self._repr(self.query_size, self.key_size, self.attention_size)
 
 
 def project(
@@ -128,7 +151,7 @@ def project(
     return projection(attended_keys(keys, lengths, mask)), values, options | {"lengths": lengths, "mask": mask}
 
 
-class MultiHeadAdditiveAttention(Attention):
+class MultiHeadAdditiveAttention(ProjectedAttention):
     """Additive attention with several heads, each over its part of the projections, and of the values.
 
     Args:
@@ -153,15 +176,10 @@ class MultiHeadAdditiveAttention(Attention):
         *,
         weighting: Weighting | str | None = None,
     ) -> None:
-        super().__init__(weighting)
         if heads < 1 or attention_size % heads:
             raise ValueError(f"heads: expected a number that divides attention_size={attention_size}, got {heads}")
-        self.query_size, self.key_size, self.attention_size = query_size, key_size, attention_size
+        super().__init__(query_size, key_size, attention_size, bias, False, device, dtype, weighting, heads)
         self.heads = heads
-        self.query_proj = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.Linear(key_size, attention_size, bias=False, device=device, dtype=dtype)
-        width = attention_size // heads
-        self.v = uniform(heads, width, fan_in=width, device=device, dtype=dtype)
 
     def prepare_keys(self, keys: Tensor) -> PreparedKeys:
         """As `AdditiveAttention.prepare_keys`."""

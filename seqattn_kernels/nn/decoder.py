@@ -24,6 +24,7 @@ from seqattn_kernels.functional.decoder_run import (
     why_not,
 )
 from seqattn_kernels.functional.masks import attended_keys, resolve
+from seqattn_kernels.functional.weighting import SOFTMAX
 from seqattn_kernels.nn.alignment import CoverageAttention, LocationSensitiveAttention
 from seqattn_kernels.nn.attention import AdditiveAttention, ConcatAttention, DotAttention, GeneralAttention
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
@@ -48,8 +49,9 @@ class AttentionDecoder(nn.Module):
             then with what its ``next_history(history, weights)`` makes of it, before ``values``.
         attention_size: A of all but "dot" and "general"; hidden_size by default.
         score_options: arguments more for the module of the score, say of `nn.LocationSensitiveAttention`.
-        order: "bahdanau" (attend with h of the step before, then update the cells) or "luong" (the reverse).
-        feedback: what the first cell sees beside the input: "context" (in the order "luong" of the step before),
+        order: "bahdanau" (attend with h of the step before, then update the cells), "luong" (the reverse) or "between"
+            (the first cell updates and attends with its new h, the second sees that h, then the context: Tacotron 2).
+        feedback: what the first cell sees beside the input: "context" (but in "bahdanau" of the step before),
             "attentional" (the attentional vector of the step before: input feeding), "both" or "none".
         concat: the order in which the first cell's input is put together.
         output_size: M of the attentional vector ``activation(output_proj([context; h]))``, which then is the output;
@@ -108,8 +110,10 @@ class AttentionDecoder(nn.Module):
         self.attention: nn.Module
         if isinstance(score, nn.Module):
             self.score, self.attention = "module", score
+            for name, kind in _REMEMBERING.items():
+                self.score = name if type(score) is kind else self.score
         else:
-            one_of("score", score, (*SCORES, *_REMEMBERING))
+            one_of("score", score, SCORES)
             self.score = score
             options = {**factory, **(score_options or {})}
             if score in _PROJECTING:
@@ -118,10 +122,13 @@ class AttentionDecoder(nn.Module):
                 self.attention = GeneralAttention(hidden_size, key_size, **options)
             else:
                 self.attention = DotAttention(**(score_options or {}))
+        if getattr(self.attention, "weighting", SOFTMAX) != SOFTMAX:
+            self.score = "module"
         width = input_size
         width += value_size if feedback in ("context", "both") else 0
         width += (output_size or 0) if feedback in ("attentional", "both") else 0
-        sizes = [width] + [hidden_size] * (num_layers - 1)
+        sizes = [width, hidden_size + (value_size if order == "between" else 0)]
+        sizes = (sizes + [hidden_size] * num_layers)[:num_layers]
         self.cells = nn.ModuleList(_cell(cell, size, hidden_size, bias, factory) for size in sizes)
         self.output_proj = None
         if output_size is not None:
@@ -134,8 +141,14 @@ class AttentionDecoder(nn.Module):
         w_query = b_query = v = None
         scale: float = 1.0
         attend = None
-        if self.score == "additive":
+        history: dict[str, Any] = {}
+        if self.score in ("additive", *_REMEMBERING):
             w_query, b_query, v = attention.query_proj.weight, attention.query_proj.bias, attention.v
+            if self.score == "location":
+                history = {"w_conv": attention.conv.weight, "w_feature": attention.feature_proj.weight}
+                history["history_gradient"] = attention.history_gradient
+            elif self.score == "coverage":
+                history = {"w_feature": attention.coverage_weight}
         elif self.score == "concat":
             w_query, b_query, v = attention.weight[:, : self.hidden_size], attention.bias, attention.v
         elif self.score == "general":
@@ -170,6 +183,7 @@ class AttentionDecoder(nn.Module):
             zoneout=self.zoneout,
             training=training,
             attend=attend,
+            **history,
         )
 
     def _attend(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, Any]:
@@ -196,7 +210,7 @@ class AttentionDecoder(nn.Module):
         if isinstance(keys, PreparedKeys) or self.score in ("dot", "general"):
             return keys
         attention: Any = self.attention
-        if self.score == "module" or self.score in _REMEMBERING:
+        if self.score == "module":
             if not hasattr(attention, "prepare_keys"):
                 return keys
             lengths, mask = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
@@ -225,8 +239,13 @@ class AttentionDecoder(nn.Module):
             raise ValueError(f"values: expected [B, S, D] with D={self.value_size}, got {list(values.shape)}")
         if isinstance(keys, PreparedKeys) and hasattr(self.attention, "initial"):
             raise TypeError("keys: expected a tensor [B, S, K] of a score that remembers, got PreparedKeys")
-        memory = make_memory(decoder, self._keys(keys, lengths, mask), values, lengths, mask)
-        return begin(decoder, memory, state, self._history(keys))
+        fertility = None
+        if self.score == "coverage" and self.attention.fertility_weight is not None:
+            assert isinstance(keys, Tensor)
+            resolved = resolve(keys.shape[0], None, keys.shape[1], keys.device, lengths, mask)
+            fertility = self.attention.fertility(attended_keys(keys, *resolved))  # type: ignore[operator]
+        memory = make_memory(decoder, self._keys(keys, lengths, mask), values, lengths, mask, fertility)
+        return begin(decoder, memory, state, self._history(keys) if self.score == "module" else None)
 
     def forward(
         self,

@@ -7,8 +7,21 @@ from seqattn_kernels.ops import (
     decoder,
     decoder_cuda,
     features,
+    location,
+    pooling,
     recurrence,
     scores,
 )
 
-__all__ = ["alignment", "attention", "attention_cuda", "decoder", "decoder_cuda", "features", "recurrence", "scores"]
+__all__ = [
+    "alignment",
+    "attention",
+    "attention_cuda",
+    "decoder",
+    "decoder_cuda",
+    "features",
+    "location",
+    "pooling",
+    "recurrence",
+    "scores",
+]

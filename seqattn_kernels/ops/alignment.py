@@ -1,11 +1,12 @@
-"""The operator of monotonic alignment on the CPU: fake kernels, autograd, and what Python calls."""
+"""The operator of monotonic alignment: fake kernels, autograd, and what Python calls."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
+from seqattn_kernels import reference
+from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function
 
 
@@ -19,7 +20,7 @@ def _register_fakes() -> None:
         return choose.new_empty(choose.shape), choose.new_empty(previous.shape)
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
 
 
@@ -51,7 +52,7 @@ class MonotonicFunction(torch.autograd.Function):
 
 
 def monotonic(choose: Tensor, previous: Tensor) -> Tensor:
-    """`seqattn_kernels.reference.alignment.monotonic_alignment` of tensors on the CPU, float32 or float64."""
+    """`seqattn_kernels.reference.alignment.monotonic_alignment` by one operator: float32 or, on the CPU, float64."""
     if torch.is_grad_enabled() and (choose.requires_grad or previous.requires_grad):
         return apply_function(MonotonicFunction, choose, previous)
     return torch.ops.seqattn.monotonic_fwd.default(choose, previous)

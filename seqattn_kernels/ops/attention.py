@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
+from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 _KEY_BLOCK = 16
 _COLUMN_GROUP = 4
@@ -32,8 +32,6 @@ def _register_fakes() -> None:
             empty(v.shape),
         )
 
-
-def _register_fake_pack() -> None:
     @torch.library.register_fake("seqattn::additive_pack")
     def _(keys):
         batch, source, width = keys.shape
@@ -43,8 +41,6 @@ def _register_fake_pack() -> None:
 
 if attention_cuda.declared():
     _register_fakes()
-if native.extension is not None:
-    _register_fake_pack()
 
 
 class AdditiveFunction(torch.autograd.Function):
@@ -87,22 +83,16 @@ class AdditiveFunction(torch.autograd.Function):
 def _reference_gradients(query, keys, values, v, lengths, mask, gradients, needs):
     """Gradients that can be differentiated again, through the reference."""
     single = query.dim() == 2
-    # Views, so that a tensor which is both keys and values gets the gradient of each place apart.
-    inputs = [query, keys.view_as(keys), values.view_as(values), v]
-    outputs = reference.attention.additive_attention(
-        query.unsqueeze(1) if single else query, inputs[1], inputs[2], v, lengths, mask
-    )
-    pairs = [(out.squeeze(1) if single else out, g) for out, g in zip(outputs, gradients, strict=True) if g is not None]
-    wanted = [i for i, place in enumerate((0, 1, 3, 4)) if needs[place]]
-    found = torch.autograd.grad(
-        [out for out, _ in pairs],
-        [inputs[i] for i in wanted],
-        [gradient for _, gradient in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    by_input = dict(zip(wanted, found, strict=True))
-    return by_input.get(0), by_input.get(1), None, by_input.get(2), by_input.get(3), None, None
+
+    def compute(query, keys, values, v):
+        found = reference.attention.additive_attention(
+            query.unsqueeze(1) if single else query, keys, values, v, lengths, mask
+        )
+        return tuple(t.squeeze(1) for t in found) if single else found
+
+    wanted = [needs[place] for place in (0, 1, 3, 4)]
+    d_query, d_keys, d_values, d_v = differentiate_again(compute, [query, keys, values, v], wanted, gradients)
+    return d_query, d_keys, None, d_values, d_v, None, None
 
 
 def additive(
@@ -129,5 +119,5 @@ def additive(
 
 
 def pack_keys(keys: Tensor) -> Tensor:
-    """Keys [B, S, A] as the forward kernel reads them."""
+    """Keys [B, S, A] as the forward kernel on the CPU reads them; on a GPU they are read as they are."""
     return torch.ops.seqattn.additive_pack.default(keys.detach())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 
@@ -17,3 +19,28 @@ def apply_function(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def differentiate_again(
+    compute: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through ``compute(*inputs)``, the operator's reference; ``gradients``
+    of its outputs may be None."""
+    # Views, so that a tensor which is given twice gets the gradient of each place apart.
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    outputs = compute(*views)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if g is not None]
+    wanted = [i for i, need in enumerate(needs) if need]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs],
+        [t for t in (views[i] for i in wanted) if t is not None],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_input = dict(zip(wanted, found, strict=True))
+    return [by_input.get(i) for i in range(len(views))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops.autograd import apply_function
 from seqattn_kernels.ops.recurrence import _NUMBER, _SAVED, CELLS, _padded
-from seqattn_kernels.reference.decoder import ACTIVATIONS, ORDERS, SCORES, Spec
+from seqattn_kernels.reference.decoder import ACTIVATIONS, HISTORIES, ORDERS, SCORES, Spec
 
 
 class Tensors(NamedTuple):
@@ -31,6 +31,10 @@ class Tensors(NamedTuple):
     v: Tensor | None = None
     w_output: Tensor | None = None
     b_output: Tensor | None = None
+    history0: Tensor | None = None
+    w_conv: Tensor | None = None
+    w_feature: Tensor | None = None
+    fertility: Tensor | None = None
 
 
 _DIFFERENTIABLE = tuple(name for name in Tensors._fields if name not in ("lengths", "mask"))
@@ -47,6 +51,8 @@ def _options(spec: Spec) -> list[int]:
         spec.attentional_at,
         spec.output_context_at,
         spec.output_hidden_at,
+        HISTORIES.index(spec.history),
+        int(spec.history_gradient),
     ]
 
 
@@ -54,7 +60,7 @@ def _arguments(spec: Spec, t: Tensors, weights: Sequence[Tensor]) -> tuple[Any, 
     """Those that forward and backward share, after cell, options and scale; forward has packed keys in between."""
     return (
         t.lengths, t.mask, t.h0, t.c0, t.context0, t.attentional0, weights, spec.has_bias,
-        t.w_query, t.b_query, t.v, t.w_output, t.b_output,
+        t.w_query, t.b_query, t.v, t.w_output, t.b_output, t.history0, t.w_conv, t.w_feature, t.fertility,
     )  # fmt: skip
 
 
@@ -77,7 +83,8 @@ def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::decoder_fwd")
     def _(
         cell, options, scale, input, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0, weights,
-        has_bias, w_query, b_query, v, w_output, b_output, packed, owners, save,
+        has_bias, w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, packed, owners,
+        save,
     ):  # fmt: skip
         layers, hidden = len(weights) // (4 if has_bias else 2), weights[1].shape[1]
         batch, steps = input.shape[:2]
@@ -94,8 +101,8 @@ def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::decoder_generate")
     def _(
         cell, options, scale, embedding, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0,
-        weights, has_bias, w_query, b_query, v, w_output, b_output, packed, owners, w_predict, b_predict, start, end,
-        max_length,
+        weights, has_bias, w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, packed,
+        owners, w_predict, b_predict, start, end, max_length,
     ):  # fmt: skip
         batch = start.shape[0]
         return (
@@ -108,17 +115,17 @@ def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::decoder_bwd")
     def _(
         cell, options, scale, input, keys, values, lengths, mask, h0, c0, context0, attentional0, weights, has_bias,
-        w_query, b_query, v, w_output, b_output, hidden, contexts, found, attentional, reserve, d_hidden, d_c_n,
-        d_contexts, d_weights, d_attentional, need_input,
+        w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, hidden, contexts, found,
+        attentional, reserve, d_hidden, d_c_n, d_contexts, d_weights, d_attentional, need_input,
     ):  # fmt: skip
         found = [
             input if need_input else None, keys, values, h0, c0, context0, attentional0, w_query, b_query, v, w_output,
-            b_output, *weights,
+            b_output, history0, w_conv, w_feature, fertility, *weights,
         ]  # fmt: skip
         return [input.new_empty(0 if t is None else t.shape) for t in found]
 
     @torch.library.register_fake("seqattn::decoder_pack")
-    def _(cell, weights, has_bias, w_query, b_query, w_output, b_output):
+    def _(cell, weights, has_bias, w_query, b_query, w_output, b_output, w_conv, w_feature):
         hidden, each = weights[1].shape[1], 4 if has_bias else 2
         gates = reference.recurrence.GATES[CELLS[cell]]
         size = 0
@@ -128,6 +135,9 @@ def _register_fakes() -> None:
         for w in (w_query, w_output):
             if w is not None:
                 size += _padded(w.shape[0]) * (w.shape[1] + 1)
+        if w_conv is not None:
+            filters, channels, window = w_conv.shape
+            size += channels * window * _padded(filters) + filters * _padded(w_feature.shape[0])
         return weights[0].new_empty(size)
 
 
@@ -183,7 +193,8 @@ def _reference_gradients(spec, t, weights, gradients, needs):
     own = Tensors(*inputs[: len(Tensors._fields)])
     outputs = reference.decoder.attention_decoder(
         spec, own.input, own.keys, own.values, own.lengths, own.mask, own.h0, own.c0, own.context0, own.attentional0,
-        inputs[len(Tensors._fields) :], own.w_query, own.b_query, own.v, own.w_output, own.b_output,
+        inputs[len(Tensors._fields) :], own.w_query, own.b_query, own.v, own.w_output, own.b_output, own.history0,
+        own.w_conv, own.w_feature, own.fertility,
     )  # fmt: skip
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out is not None and g is not None]
     chosen = [i for i, need in enumerate(needs) if need]
@@ -215,7 +226,7 @@ def attention_decoder(
     made of these very weights; None: made here. owners [B]: the row of keys, values, lengths and mask that each row
     attends to, where no gradient is needed.
     """
-    if packed_keys is None and spec.score == "additive":
+    if packed_keys is None and spec.score == "additive" and spec.history == "none":
         packed_keys = torch.ops.seqattn.additive_pack.default(t.keys.detach())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*t, *weights)):
         hidden, c_n, contexts, found, attentional, _ = apply_function(DecoderFunction, spec, packed_keys, *t, *weights)
@@ -257,8 +268,10 @@ def pack_decoder(
     b_query: Tensor | None = None,
     w_output: Tensor | None = None,
     b_output: Tensor | None = None,
+    w_conv: Tensor | None = None,
+    w_feature: Tensor | None = None,
 ) -> Tensor:
     """The weights as the kernels read them; valid as long as they don't change."""
     return torch.ops.seqattn.decoder_pack.default(
-        _NUMBER[cell], weights, has_bias, w_query, b_query, w_output, b_output
+        _NUMBER[cell], weights, has_bias, w_query, b_query, w_output, b_output, w_conv, w_feature
     )

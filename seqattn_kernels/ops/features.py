@@ -5,69 +5,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels import reference
+from seqattn_kernels.ops import attention_cuda
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
 def _register_fakes() -> None:
     @torch.library.register_fake("seqattn::feature_fwd")
-    def _(inner, input, lengths, mask, reduce):
+    def _(input, weight, bias, lengths, mask, reduce, keep):
         batch, _, width = input.shape
-        return input.new_empty((batch, width) if reduce else input.shape), input.new_empty(input.shape)
+        empty = input.new_empty
+        return empty((batch, width) if reduce else input.shape), empty(input.shape), empty(input.shape if keep else 0)
 
     @torch.library.register_fake("seqattn::feature_bwd")
-    def _(inner, input, weights, d_result, d_weights, lengths, mask, reduce):
-        return input.new_empty(input.shape), input.new_empty(input.shape)
+    def _(input, weight, bias, weights, tangents, d_result, d_weights, lengths, mask, reduce, need_input):
+        empty = input.new_empty
+        return empty(input.shape if need_input else 0), empty(weight.shape), empty(0 if bias is None else bias.shape)
 
 
-if native.extension is not None:
+if attention_cuda.declared():
     _register_fakes()
 
 
 class FeatureFunction(torch.autograd.Function):
-    """Saves its inputs and the weights."""
+    """Saves its inputs, the weights and what forward keeps of the tanh that they are a softmax of."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(inner, input, lengths, mask, reduce):
-        return torch.ops.seqattn.feature_fwd.default(inner, input, lengths, mask, reduce)
+    def forward(input, weight, bias, lengths, mask, reduce):
+        return torch.ops.seqattn.feature_fwd.default(input, weight, bias, lengths, mask, reduce, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        inner, input, lengths, mask, ctx.reduce = inputs
-        ctx.save_for_backward(inner, input, lengths, mask, output[1])
+        *tensors, ctx.reduce = inputs
+        ctx.save_for_backward(*tensors, output[1], output[2])
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, d_result, d_weights):
-        inner, input, lengths, mask, weights = ctx.saved_tensors
+    def backward(ctx, d_result, d_weights, _):
+        input, weight, bias, lengths, mask, weights, tangents = ctx.saved_tensors
         if d_result is None and d_weights is None:
-            return (None,) * 5
+            return (None,) * 6
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             attend = reference.attention.attended(input, lengths, mask)
             attend = None if attend is None else attend.transpose(1, 2)
-            given = [inner.view_as(inner), input.view_as(input)]
-            outputs = reference.attention.feature_weighted(given[0], given[1], attend, ctx.reduce)
-            pairs = [(out, g) for out, g in zip(outputs, (d_result, d_weights), strict=True) if g is not None]
-            d_inner, d_input = torch.autograd.grad(
-                [out for out, _ in pairs], given, [g for _, g in pairs], create_graph=True, allow_unused=True
+            found = differentiate_again(
+                lambda x, w, b: reference.attention.feature_attention(x, w, b, attend, ctx.reduce),
+                [input, weight, bias],
+                needs[:3],
+                [d_result, d_weights],
             )
         else:
-            d_inner, d_input = torch.ops.seqattn.feature_bwd.default(
-                inner, input, weights, d_result, d_weights, lengths, mask, ctx.reduce
+            found = torch.ops.seqattn.feature_bwd.default(
+                input, weight, bias, weights, tangents, d_result, d_weights, lengths, mask, ctx.reduce, needs[0]
             )
-        needs = ctx.needs_input_grad
-        return d_inner if needs[0] else None, d_input if needs[1] else None, None, None, None
+        return *(g if need else None for g, need in zip(found, needs[:3], strict=True)), None, None, None
 
 
-def weighted(
-    inner: Tensor, input: Tensor, lengths: Tensor | None, mask: Tensor | None, reduce: bool
+def attention(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reduce: bool
 ) -> tuple[Tensor, Tensor]:
-    """weights = softmax over s of tanh(inner [B, S, D]); weights * input, summed over s with `reduce`; and the weights.
+    """weights = softmax over s of tanh(linear(input [B, S, D])); weights * input, summed over s with `reduce`; and the
+    weights.
 
-    On the CPU, both float32 or float64; mask boolean [B, S].
+    All of one dtype, on the CPU float32 or float64; mask boolean [B, S].
     """
-    if torch.is_grad_enabled() and (inner.requires_grad or input.requires_grad):
-        return apply_function(FeatureFunction, inner, input, lengths, mask, reduce)
-    return torch.ops.seqattn.feature_fwd.default(inner, input, lengths, mask, reduce)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        result, weights, _ = apply_function(FeatureFunction, input, weight, bias, lengths, mask, reduce)
+    else:
+        result, weights, _ = torch.ops.seqattn.feature_fwd.default(input, weight, bias, lengths, mask, reduce, False)
+    return result, weights

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again
 
 
 def _register_fakes() -> None:
@@ -37,8 +37,6 @@ def _register_fakes() -> None:
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
-
-def _register_fake_context() -> None:
     @torch.library.register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
@@ -46,8 +44,6 @@ def _register_fake_context() -> None:
 
 if attention_cuda.declared():
     _register_fakes()
-if native.extension is not None:
-    _register_fake_context()
 
 
 # The scores that kernels exist for, by whether the device is a CPU. A test holds them against the kernels' tables.
@@ -57,6 +53,9 @@ _KINDS: dict[bool, list[str]] = {
 }
 
 
+_NORMALIZERS = {kind: number for number, kind in enumerate(reference.normalizers.NORMALIZERS)}
+
+
 def score_number(kind: str) -> int:
     """What operators call a score."""
     return list(reference.attention.SCORES).index(kind)
@@ -64,7 +63,7 @@ def score_number(kind: str) -> int:
 
 def normalizer_number(kind: str) -> int:
     """What operators call a normalizer."""
-    return list(reference.normalizers.NORMALIZERS).index(kind)
+    return _NORMALIZERS[kind]
 
 
 def native_kinds(device: str) -> list[str]:
@@ -101,7 +100,7 @@ class ScoresFunction(torch.autograd.Function):
         *tensors, lengths = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:6]
         if torch.is_grad_enabled():
-            found = _again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, d_scores)
+            found = differentiate_again(lambda *t: _reference_scores(ctx.kind, lengths, *t), tensors, needs, [d_scores])
         else:
             found = torch.ops.seqattn.scores_bwd.default(score_number(ctx.kind), d_scores, *tensors, lengths)
         return (None, *(g if need else None for g, need in zip(found, needs, strict=True)), None)
@@ -122,18 +121,6 @@ def _reference_scores(
     extra = () if features is None else (features, feature_weight)
     scores = reference.attention.SCORES[kind](query, keys, v, *extra)
     return scores if hidden is None else scores.masked_fill(hidden, 0)
-
-
-def _again(compute: Any, inputs: list[Any], needs: Any, gradient: Tensor) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through the reference."""
-    # Views, so that a tensor which is given twice gets the gradient of each place apart.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    wanted = [i for i, need in enumerate(needs) if need]
-    found = torch.autograd.grad(
-        compute(*inputs), [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True
-    )
-    by_input = dict(zip(wanted, found, strict=True))
-    return [by_input.get(i) for i in range(len(inputs))]
 
 
 def scores(
@@ -177,11 +164,11 @@ class NormalizeFunction(torch.autograd.Function):
         scores, lengths, mask, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         if torch.is_grad_enabled():
-            d_scores, d_mask = _again(
-                lambda s, m: reference.normalizers.normalize(ctx.kind, s, lengths, m, *ctx.numbers),
+            d_scores, d_mask = differentiate_again(
+                lambda s, m: _reference_weights(ctx.kind, s, lengths, m, *ctx.numbers),
                 [scores, mask],
                 needs,
-                d_weights,
+                [d_weights],
             )
         else:
             scale, temperature = ctx.numbers[:2]
@@ -199,6 +186,12 @@ class NormalizeFunction(torch.autograd.Function):
         return (None, d_scores if needs[0] else None, None, d_mask if needs[1] else None, None, None, None, None)
 
 
+def _reference_weights(kind: str, scores: Tensor, *args: Any) -> Tensor:
+    if scores.dim() == 3:
+        return reference.normalizers.normalize(kind, scores, *args)
+    return reference.normalizers.normalize(kind, scores.unsqueeze(1), *args).squeeze(1)
+
+
 def normalize(
     kind: str,
     scores: Tensor,
@@ -209,7 +202,8 @@ def normalize(
     fill: float = -math.inf,
     zero_empty: bool = True,
 ) -> Tensor:
-    """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`."""
+    """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`. On a CPU
+    also [B, S], without a gradient of the mask."""
     if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
         return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
     return torch.ops.seqattn.normalize_fwd.default(
@@ -242,7 +236,7 @@ class ContextFunction(torch.autograd.Function):
 
 
 def context(weights: Tensor, values: Tensor) -> Tensor:
-    """The native operator on the CPU: weights [B, T, S] times values [B, S, D], both float32 or float64.
+    """The native operator: weights [B, T, S] times values [B, S, D], of one dtype; on the CPU float32 or float64.
 
     Values of keys without weight may be anything, NaN included.
     """

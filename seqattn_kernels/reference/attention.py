@@ -109,6 +109,28 @@ def additive_attention(
     return weights @ without_unattended(values, attend), weights
 
 
+def pooling_attention(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    values: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums [B, D] of values [B, S, D] (the input by default) by weights [B, S], softmax of v . tanh(linear(input)).
+
+    input [B, S, K], weight [A, K], v [A]; masks [B, S]. With v [R, A] results are [B, R, D], [B, R, S].
+    """
+    attend = attended(input, lengths, mask)
+    clean = without_unattended(input, attend)
+    values = clean if values is None else without_unattended(values, attend)
+    scores = F.linear(F.linear(clean, weight, bias).tanh(), v.unsqueeze(0) if v.dim() == 1 else v).transpose(1, 2)
+    weights = masked_softmax(scores, attend, mask)
+    context = weights @ values
+    return (context.squeeze(1), weights.squeeze(1)) if v.dim() == 1 else (context, weights)
+
+
 def feature_attention(
     input: Tensor,
     weight: Tensor,
@@ -120,19 +142,12 @@ def feature_attention(
 
     attend: [B, S, 1] or None. weight [D, D]. reduce: the sum over time instead, [B, D].
     """
-    clean = input if attend is None else input.masked_fill(~attend, 0)
-    return feature_weighted(F.linear(clean, weight, bias), clean, attend, reduce)
-
-
-def feature_weighted(
-    inner: Tensor, input: Tensor, attend: Tensor | None = None, reduce: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`feature_attention` from ``inner = linear(input)`` on."""
-    scores = inner.tanh()
+    if attend is not None:
+        input = input.masked_fill(~attend, 0)
+    scores = F.linear(input, weight, bias).tanh()
     if attend is None:
         weights = scores.softmax(1)
     else:
-        input = input.masked_fill(~attend, 0)
         weights = scores.masked_fill(~attend, -torch.inf).softmax(1).masked_fill(~attend, 0)
     result = weights * input
     return result.sum(1) if reduce else result, weights
