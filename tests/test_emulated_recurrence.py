@@ -168,7 +168,7 @@ def take_module(path: str) -> None:
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[set[str]]]]:
     """What run_case says of every case that was selected, as it comes: the emulator takes one core, the cases all."""
     # The others take the module of this process: they must not build it as well.
-    spawn, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
+    spawn, cores = multiprocessing.get_context("spawn"), min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(cores, spawn, take_module, (emulator().__file__,)) as pool:
         selected = [i for i in request.session.items if getattr(i, "originalname", "") == CASE_TEST]
         yield {i.name: pool.submit(run_case, *(i.callspec.params[k] for k in CASE)) for i in selected}  # type: ignore
