@@ -113,7 +113,7 @@ def compile_cuda(archs: Sequence[str], match: str, each: bool) -> int:
     write_ninja(str(Path(nvcc).resolve()), jobs)
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     # A thread for each processor: ninja would take two more, and each takes up to 1 GiB.
-    command = [*ninja, "--quiet", "-C", str(WORK), "-j", str(len(os.sched_getaffinity(0))), "-k", "0"]
+    command = [*ninja, "--quiet", "-C", str(WORK), "-j", str(os.cpu_count() or 1), "-k", "0"]
     if subprocess.run(command).returncode:
         return 1
     kernels = []

@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--only-device", action="store_true", help="only tests that run on the device, not those of the CPU"
     )
+    parser.addoption("--shard", metavar="K/N", help="the K-th of N parts of the tests, which other processes run")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
@@ -41,11 +42,29 @@ def runs_on_device(item: pytest.Item) -> bool:
     return any(word in item.path.name for word in ("cuda", "triton"))
 
 
+def _keep_shard(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whole functions, since the cases of one compile the same kernels."""
+    part, _, count = config.getoption("--shard").partition("/")
+    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise pytest.UsageError(f"--shard: expected K/N with K from 0 to N - 1, got {config.getoption('--shard')!r}")
+    functions = list(dict.fromkeys(item.nodeid.partition("[")[0] for item in items))
+    own = set(functions[int(part) :: int(count)])
+    others = [item for item in items if item.nodeid.partition("[")[0] not in own]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item.nodeid.partition("[")[0] in own]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
+    return f"{len(items)} tests in this shard" if config.getoption("--shard") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--only-device"):
         others = [item for item in items if not runs_on_device(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if runs_on_device(item)]
+    if config.getoption("--shard"):
+        _keep_shard(config, items)
     if config.getoption("--slow"):
         return
     for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -23,11 +24,12 @@ def emulator() -> Any:
 
 
 @functools.cache
-def kernels() -> dict[int, str]:
-    """Every instance of every CUDA kernel in the module: where it stands, and its name without namespaces."""
+def kernels(library: Path | None = None) -> dict[int, str]:
+    """Every instance of every CUDA kernel in a library, by default the module: where it stands, its plain name."""
     declared = "".join(p.read_text() for p in (emulator_build.CSRC / "cuda").glob("*.cuh"))
     names = set(re.findall(r"\bSEQATTN_KERNEL\([^;{]*?\)\n(\w+)\(", declared))
-    listing = subprocess.run(["nm", "-C", emulator().__file__], capture_output=True, text=True, check=True).stdout
+    command = ["nm", "-C", str(library or emulator().__file__)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
     for place, name in re.findall(r"^(\w+) [a-zA-Z] (?:void )?seqattn::gpu::(\w+(?:<.*>)?)\([^{\n]*\)$", listing, re.M):
         if name.split("<")[0] in names:
@@ -39,9 +41,12 @@ def kernels() -> dict[int, str]:
 _ever_launched: set[str] = set()
 
 
-def take_launched() -> set[str]:
-    """Names of the kernels that were started since the last call, but for the emulator's own samples."""
-    names = {name for place in emulator().take_launched() if (name := kernels().get(place))}
+def take_launched(library: Path | None = None) -> set[str]:
+    """Names of the kernels that a library started since the last call, but for the emulator's own samples."""
+    places = (ctypes.c_uint64 * 4096)()
+    count = ctypes.CDLL(str(library or emulator().__file__)).seqattn_take_launched(places, ctypes.c_int64(len(places)))
+    assert count <= len(places)
+    names = {name for place in places[:count] if (name := kernels(library).get(place))}
     note_launched(names)
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -57,7 +58,9 @@ def build(sanitize: bool = False) -> Path:
             objects += n.build(f"{unit.name}.o", "compile", str(unit.source), variables={"options": " ".join(options)})
         n.build(str(target), "link", objects)
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-    done = subprocess.run([*ninja, "-C", str(work)], capture_output=True, text=True)
+    with (work / "lock").open("w") as lock:  # two runs of the tests at once would write the same files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run([*ninja, "-C", str(work)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"building the emulator failed:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
     return target

@@ -6,6 +6,9 @@ tests in test_emulator.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +207,41 @@ def test_a_reserve_of_another_call_is_refused() -> None:
         torch.ops.seqattn_emulated.recurrence_bwd(
             2, x, None, 0, None, None, weights, True, reserve, None, torch.randn(1, 3, 6), None, None, True, True
         )
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from seqattn_kernels import ops
+torch.ops.load_library(sys.argv[1])
+run = torch.ops.seqattn_emulated.recurrence_bwd
+
+def backward(T, B, H):
+    weights = [torch.zeros(4 * H, 2), torch.zeros(4 * H, H)]
+    reserve = torch.zeros(ops.recurrence._cuda_reserve_bytes("lstm", torch.float32, 1, T * B, H, H), dtype=torch.uint8)
+    return lambda: run(3, torch.zeros(T, B, 2), None, 0, None, None, weights, False, reserve, None,
+                       torch.zeros(1, B, H), None, None, True, True, False, True)
+
+large, small = backward(1000, 64, 64), backward(3, 2, 4)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, before[1]))
+try:
+    large()
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+resource.setrlimit(resource.RLIMIT_AS, before)
+print(small()[0].shape)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are Linux's")
+def test_out_of_memory_in_backward_is_an_error_and_no_more() -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(launcher_build.build())]
+    done = subprocess.run(command, cwd=emulator_build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, shape = done.stdout.splitlines()
+    assert said.startswith("out of memory? cpu gave no 62.5 MiB"), said
+    assert shape == "torch.Size([3, 2, 2])"
 
 
 @kinds

@@ -256,7 +256,7 @@ def test_fakes_know_the_shapes(cell: str, monkeypatch: pytest.MonkeyPatch) -> No
     ("changes", "said"),
     [
         ({"saved": torch.zeros(1, dtype=torch.float16)}, r"saved: expected shape \[3, 4, 24, 4\], got \[1\]"),
-        ({"queries": torch.zeros(3, 4, 16)}, "queries: expected another dtype"),
+        ({"queries": torch.zeros(3, 4, 16)}, "queries: expected float16, got float32"),
         ({"w_recurrent": torch.zeros(5, 24, dtype=torch.float16)}, r"w_recurrent: expected shape \[112, 24\]"),
         ({"d_weights": torch.zeros(3, 4, 10, dtype=torch.float16)}, r"d_weights: expected shape \[3, 4, 11\]"),
         ({"cell": 9}, "cell: expected a number of the registry, got 9"),

@@ -160,11 +160,16 @@ def run_case(path: str, size: tuple[int, int], cell: str, dtype: torch.dtype) ->
     return all_started
 
 
+def take_module(path: str) -> None:
+    os.environ["SEQATTN_EMULATOR"] = path
+
+
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[set[str]]]]:
     """What run_case says of every case that was selected, as it comes: the emulator takes one core, the cases all."""
-    emulator()  # built before any other process asks for it
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+    # The others take the module of this process: they must not build it as well.
+    spawn, cores = multiprocessing.get_context("spawn"), min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(cores, spawn, take_module, (emulator().__file__,)) as pool:
         selected = [i for i in request.session.items if getattr(i, "originalname", "") == CASE_TEST]
         yield {i.name: pool.submit(run_case, *(i.callspec.params[k] for k in CASE)) for i in selected}  # type: ignore
         pool.shutdown(cancel_futures=True)

@@ -412,3 +412,21 @@ def test_the_page_of_a_gpu_names_what_was_lost(tmp_path):
 
 def test_modes_of_gpu_cases():
     assert {case.mode for case in CUDA_SUITES["cells"]} == {Mode.STEPS, Mode.STEPS_TRAINING}
+
+
+def test_the_suite_is_dealt_out_to_processes(monkeypatch, settings):
+    """Real processes of pytest, on the CPU: every test of a file runs once, and one that hangs is named."""
+    path = settings.folder / "tests" / "test_cuda_of_a_test.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('n', range(3))\ndef test_a(n): pass\n"
+        "def test_b(): pass\ndef test_c(): assert False\ndef test_d(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(parts.os, "cpu_count", lambda: 4)
+    settings = dataclasses.replace(settings, tests=f"{path} --device cpu --rootdir {settings.folder} -p tests.conftest")
+    outcome = parts.tests(settings, 25.0, settings.folder / "tests.log")
+    assert not outcome.passed
+    assert outcome.note == "4 passed, 1 failed, of 6 in 2 processes"
+    assert any("out of time" in line and "::test_d" in line for line in outcome.lines), outcome.lines
+    assert any(line.startswith("FAILED") and "::test_c" in line for line in outcome.lines)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +24,7 @@ RESTARTS = 6
 GRACE = 5.0
 SLOWEST_USEFUL = 3.0  # a part with less than this many seconds left is not begun
 PYTHON = (sys.executable, "-u")
+NO_TESTS = 5  # what pytest ends with where it found none
 
 
 @dataclass(frozen=True)
@@ -123,36 +127,69 @@ def build(settings: Settings, seconds: float, log: Path) -> Outcome:
     return Outcome("build", code == 0, spent, note, tail(output, 15) if code != 0 else [])
 
 
+def together(
+    commands: Mapping[str, Sequence[str]], seconds: float, log: Path, variables: dict[str, str] | None = None
+) -> dict[str, tuple[int | None, float, str]]:
+    """Run commands at the same time; what ``execute`` says of each. Each has a log of its own beside ``log``."""
+
+    def one(name: str) -> tuple[int | None, float, str]:
+        own = log.with_name(f"{log.stem}-{name}.log")
+        own.unlink(missing_ok=True)
+        return execute(name, commands[name], seconds, own, variables)
+
+    with ThreadPoolExecutor(max(1, len(commands))) as pool:
+        return dict(zip(commands, pool.map(one, commands), strict=True))
+
+
 def tests(settings: Settings, seconds: float, log: Path) -> Outcome:
-    command = [*PYTHON, "-m", "pytest", "-q", "--device", "cuda", "--only-device"]
-    command += ["-rfE", "--tb=short", "--maxfail=200"]
-    if _has("xdist"):
-        command += ["-p", "xdist", "-n", str(min(15, os.cpu_count() or 1))]
-    command += shlex.split(settings.tests)
-    # Workers share the device and the cores.
-    code, spent, output = execute("tests", command, seconds, log, {"OMP_NUM_THREADS": "1"})
-    lines = output.splitlines()
-    last = next((line for line in reversed(lines) if " in " in line and ("passed" in line or "failed" in line)), "")
-    failed = [line[:220] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    note = f"{told(code, spent)}; {last.strip('= ')}"
-    return Outcome("tests", code == 0, spent, note, failed[:40] if failed or code == 0 else tail(output, 15))
+    """The suite, dealt out to processes: compilers of kernels take far longer than the kernels, and one core each."""
+    count = max(1, min(12, (os.cpu_count() or 1) - 2))
+    base = [*PYTHON, "-m", "pytest", "-vv", "--device", "cuda", "--only-device", "-rfE", "--tb=short", "--maxfail=50"]
+    base += shlex.split(settings.tests)
+    commands = {f"{i}": [*base, f"--shard={i}/{count}"] for i in range(count)}
+    begin = time.monotonic()
+    found = together(commands, seconds, log, {"OMP_NUM_THREADS": "1"})
+    results: Counter[str] = Counter()
+    wanted, failed, notes = 0, [], []
+    for name, (code, spent, output) in found.items():
+        own = Counter(re.findall(r"^\S+\.py::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", output, re.M))
+        results += own
+        selected = re.search(r"^(\d+) tests in this shard", output, re.M)
+        wanted += int(selected[1]) if selected else 0
+        failed += [line[:220] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        if code not in (0, 1, NO_TESTS):  # 1: pytest ended by itself, and says what failed
+            begun = re.findall(r"^(\S+\.py::\S+)", output, re.M)
+            notes.append(f"process {name}: {told(code, spent)}, last begun {begun[-1] if begun else 'none'}")
+            notes += tail(output, 6) if not begun else []
+    text = ", ".join(f"{n} {kind.lower()}" for kind, n in results.most_common())
+    passed = not notes and all(code in (0, NO_TESTS) for code, _, _ in found.values()) and results["PASSED"] > 0
+    note = f"{text or 'none ran'}, of {wanted} in {count} processes"
+    return Outcome("tests", passed, time.monotonic() - begin, note, [*notes, *failed[:40]])
 
 
 def sanitize(settings: Settings, seconds: float, log: Path) -> Outcome:
+    """Every tool on every part of benchmarks.gpu.small, all at once: most of their time is the host's."""
+    from benchmarks.gpu.small import PARTS as SMALL_PARTS
+
     tool = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
     if tool is None:
         return Outcome("sanitize", False, 0.0, "no compute-sanitizer found")
     begin, lines, notes, passed = time.monotonic(), [], [], True
-    checks: tuple[tuple[str, list[str]], ...] = (("memcheck", ["--leak-check", "no"]), ("racecheck", []))
-    for index, (check, options) in enumerate(checks):
-        left = (seconds - (time.monotonic() - begin)) / (len(checks) - index)
-        command = [tool, "--tool", check, *options, "--error-exitcode", "9", "--print-limit", "20", *PYTHON]
-        command += ["-m", "benchmarks.gpu.small", "--few"]
-        code, spent, output = execute("sanitize", command, left, log)
+    checks = {"memcheck": ["--leak-check", "no"], "racecheck": []}
+    commands = {
+        f"{check}-{part}": [
+            *(tool, "--tool", check, *options, "--error-exitcode", "9", "--print-limit", "20"),
+            *(*PYTHON, "-m", "benchmarks.gpu.small", "--few", "--only", part),
+        ]
+        for check, options in checks.items()
+        for part in SMALL_PARTS
+    }
+    for name, (code, spent, output) in together(commands, seconds, log).items():
         passed = passed and code == 0
-        notes.append(f"{check} {told(code, spent)}")
+        done = len(re.findall(r"^checked ", output, re.M))
+        notes.append(f"{name} {told(code, spent)} ({done} checks)")
         if code != 0:
-            lines += [f"{check}: {line}" for line in tail(output, 12)]
+            lines += [f"{name}: {line}" for line in tail(output, 12)]
     return Outcome("sanitize", passed, time.monotonic() - begin, "; ".join(notes), lines)
 
 
@@ -243,12 +280,6 @@ def _architecture() -> str:
     program = "import torch; print(torch.cuda.get_device_capability(0)[0])"
     major = subprocess.run([*PYTHON, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     return {"9": "90a", "10": "100a"}.get(major, "80")
-
-
-def _has(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def _beside_nvcc(tool: str) -> str | None:

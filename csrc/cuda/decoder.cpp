@@ -4,45 +4,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../cpu/launch.h"
 #include "plan.h"
 #include "products.h"
 #include "stepwise.h"
-#include "torch_device.h"
+#include "tensors.h"
 
 namespace seqattn::gpu {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-void check(const char* name, const Tensor& t, const Tensor& like, ScalarType type, std::vector<int64_t> shape) {
-  bool same = t.dim() == int64_t(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
-  if (!same) {
-    std::ostringstream expected;
-    for (size_t i = 0; i < shape.size(); ++i) expected << (i ? ", " : "") << shape[i];
-    fail(name, ": expected shape [", expected.str(), "], got ", shape_of(t));
-  }
-  if (t.scalar_type() != type) fail(name, ": expected another dtype");
-  if (!on_device(t) || t.get_device_index() != like.get_device_index()) fail(name, ": expected the device of x_gates");
-}
-
-template <class P = void>
-const P* whole(const char* name, const Tensor& t, const Tensor& like, ScalarType type, std::vector<int64_t> shape) {
-  check(name, t, like, type, std::move(shape));
-  if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor");
-  return static_cast<const P*>(t.const_data_ptr());
-}
-
-template <class P = void>
-const P* whole(const char* name, const OptionalTensor& t, const Tensor& like, ScalarType type,
-               std::vector<int64_t> shape) {
-  return t ? whole<P>(name, *t, like, type, std::move(shape)) : nullptr;
-}
 
 DType number_of(ScalarType type) {
   return type == ScalarType::BFloat16 ? DType::kBFloat16 : type == ScalarType::Half ? DType::kFloat16 : DType::kFloat32;
@@ -69,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_
     fail("x_gates, keys, values: expected 3 dimensions and w_hh 2, got ", shape_of(x_gates), ", ", shape_of(keys), ", ",
          shape_of(values), ", ", shape_of(w_hh));
   }
-  if (!on_device(x_gates)) fail("x_gates: expected a CUDA tensor");
+  check_device("x_gates", x_gates);
   const int device = x_gates.get_device_index();
   const DeviceGuard guard(device);
 
@@ -145,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_bwd_cuda
     fail("output, keys, values: expected 3 dimensions, got ", shape_of(output), ", ", shape_of(keys), ", ",
          shape_of(values));
   }
-  if (!on_device(output)) fail("output: expected a CUDA tensor");
+  check_device("output", output);
   const int device = output.get_device_index();
   const DeviceGuard guard(device);
 

@@ -133,7 +133,7 @@ persistent_backward_kernel(SEQATTN_KERNEL_PARAM Backward args, SEQATTN_KERNEL_PA
   constexpr int kValuePieces = Shape::kValuePieces, kFetches = (2 * kValuePieces + 31) / 32;
   ValuePiece fetched[kFetches];
   SEQATTN_UNROLL
-  for (int i = 0; i < kFetches; ++i) fetched[i] = value_piece<Shape>(args, sequences, column, i);
+  for (int i = 0; i < kFetches; ++i) fetched[i] = value_piece<Shape>(args, sequences, group, column, i);
   BackwardLane lanes[kTiles];
   constexpr int kWarpValues = 2 * kValuePieces * 16, kTurnValues = Shape::kWarps * kWarpValues;
   const Shared<unsigned char> values = shared + (Shape::kValues + warp * kWarpValues);

@@ -15,12 +15,13 @@ struct ValuePiece {
 
 // The piece a lane fetches in round i, of the 2 * Shape::kValuePieces that its warp needs: for its own column.
 template <class Shape>
-SEQATTN_DEVICE ValuePiece value_piece(const Backward& args, const Sequences& sequences, int column, int i) {
+SEQATTN_DEVICE ValuePiece value_piece(const Backward& args, const Sequences& sequences, int group, int column, int i) {
   constexpr TeamShape kTeam = Shape::kShape;
   constexpr int kBytes = sizeof(typename Shape::T), kKept = kTeam.cell.kept;
   constexpr int kH = kTeam.kept_pieces(), kC = kH + kTeam.h_pieces(), kD = kC + kTeam.cell_pieces();
-  const Standing here = standing<Shape>();  // anew: the loop needs its registers
-  const int k = here.lane / 2 + 16 * i, group_unit = here.rank * Shape::kUnits + here.group * kGroupUnits;
+  const Standing here = standing<Shape>();
+  if constexpr (kBytes == 2) group = here.group;  // found anew: the loop needs the registers
+  const int k = here.lane / 2 + 16 * i, group_unit = here.rank * Shape::kUnits + group * kGroupUnits;
   const bool is_h = k >= kH && k < kC, is_c = k >= kC && k < kD, is_d = k >= kD;
   const void* base = is_h ? args.h_prev : is_c ? args.cells : is_d ? args.d_output : args.saved;
   const int unit_bytes = is_c ? 4 : is_h || is_d ? kBytes : kKept * kBytes;

@@ -65,7 +65,7 @@ inline void check(const char* name, const Tensor& t, const Tensor& like, ScalarT
     fail(name, ": expected ", dtype_text(type), ", got ", dtype_text(t.scalar_type()));
   }
   if (!on_device(t) || t.get_device_index() != like.get_device_index()) {
-    fail(name, ": expected a tensor on ", device_text(like), ", got one on ", device_text(t));
+    fail(name, ": expected device ", device_text(like), ", got ", device_text(t));
   }
 }
 

@@ -1,6 +1,5 @@
 // The extension module of the tests: the emulator, its samples, and every CUDA kernel through the functions that the
 // launcher calls. Tensors are buffers of emulated global memory, given by address.
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <iterator>
@@ -56,18 +55,6 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("set_device", [](int device) {
     if (device < 0 || device >= static_cast<int>(std::size(kResidentClusters))) throw py::index_error("no such device");
     Machine::get().device = device;
-  });
-
-  // Where the kernels started since the last call stand in this module's file, as nm has it.
-  m.def("take_launched", [] {
-    py::set places;
-    for (const void* kernel : Machine::get().launched) {
-      Dl_info info{};
-      if (dladdr(kernel, &info) == 0) throw std::runtime_error("take_launched: a kernel of no file");
-      places.add(reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase));
-    }
-    Machine::get().launched.clear();
-    return places;
   });
 
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), py::module_local())
