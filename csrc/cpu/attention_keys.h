@@ -109,14 +109,14 @@ void pack_block(const T* keys, int64_t count, int64_t A, T* block) {
   const T kmax = max_lanes<T>(largest);
   const Keys form = form_of(kmax);
   const int64_t rows = packed_rows(A) - 1;
-  for (int64_t a = 0; a < A; a += W) {
-    const int64_t columns = rows - a < W ? rows - a : W;
+  for (int64_t a = 0; a < rows; a += W) {
+    const int64_t columns = rows - a < W ? rows - a : W, left = A > a ? A - a : 0;
     for (int64_t first = 0; first < kKeyBlock; first += W) {
       Vec<T> tile[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const int64_t s = first + i;
-        const Vec<T> k = s < count ? load_partial(keys + s * A + a, A - a) : Vec<T>{};
+        const Vec<T> k = s < count ? load_partial(keys + s * A + a, left) : Vec<T>{};
         tile[i] = form == Keys::exponential ? exp<T>(k + k) : form == Keys::small ? tanh<T>(k) : k;
       }
       transpose<T>(tile);
