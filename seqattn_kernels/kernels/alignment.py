@@ -23,6 +23,17 @@ def then(a, b, c, d):
 
 
 @triton.jit
+def come_by(choose, stands, s, first, carried, S, BLOCK: tl.constexpr):
+    """p and q of the keys s of a block that begins at `first`, and what passes its last key; `carried` came to it."""
+    p = tl.load(choose + s, mask=s < S, other=0.0)
+    before = tl.load(choose + s - 1, mask=(s > first) & (s < S), other=0.0)
+    start = tl.load(stands + s, mask=s < S, other=0.0)
+    factor, q = tl.associative_scan((1.0 - before, start), 0, then)
+    q += factor * carried
+    return p, q, tl.sum(tl.where(s == first + BLOCK - 1, (1.0 - p) * q, 0.0), 0)
+
+
+@triton.jit
 def monotonic_fwd_kernel(
     choose,  # [B, T, S]
     previous,  # [B, S]
@@ -39,14 +50,8 @@ def monotonic_fwd_kernel(
         carried = 0.0  # what passes the keys before the block
         for first in range(0, S, BLOCK):
             s = first + tl.arange(0, BLOCK)
-            p = tl.load(choose + s, mask=s < S, other=0.0)
-            before = tl.load(choose + s - 1, mask=(s > first) & (s < S), other=0.0)
-            start = tl.load(stands + s, mask=s < S, other=0.0)
-            factor, q = tl.associative_scan((1.0 - before, start), 0, then)
-            q += factor * carried
+            p, q, carried = come_by(choose, stands, s, first, carried, S, BLOCK)
             tl.store(weights + s, p * q, mask=s < S)
-            # The last key of the block: what does not stop there goes on.
-            carried = tl.sum(tl.where(s == first + BLOCK - 1, (1.0 - p) * q, 0.0), 0)
         # Other threads of this program may read what was stored here.
         tl.debug_barrier()
         stands = weights
@@ -86,13 +91,8 @@ def monotonic_bwd_kernel(
         carried = 0.0
         for first in range(0, S, BLOCK):
             s = first + tl.arange(0, BLOCK)
-            p = tl.load(choose + s, mask=s < S, other=0.0)
-            before = tl.load(choose + s - 1, mask=(s > first) & (s < S), other=0.0)
-            start = tl.load(stands + s, mask=s < S, other=0.0)
-            factor, q = tl.associative_scan((1.0 - before, start), 0, then)
-            q += factor * carried
+            _, q, carried = come_by(choose, stands, s, first, carried, S, BLOCK)
             tl.store(d_choose + s, q, mask=s < S)
-            carried = tl.sum(tl.where(s == first + BLOCK - 1, (1.0 - p) * q, 0.0), 0)
         tl.debug_barrier()
         # Gradients of what goes on from key s, y[s] = g[s + 1] p[s + 1] + (1 - p[s + 1]) y[s + 1], where g[s] is that
         # of the weight. All of the next key is read from memory: nothing is handed from thread to thread but y.
