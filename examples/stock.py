@@ -96,12 +96,13 @@ class InputFeedingDecoder(nn.Module):
         super().__init__()
         first, second = nn.LSTMCell(input_size + output_size, hidden_size), nn.LSTMCell(hidden_size, hidden_size)
         self.cells = nn.ModuleList([first, second])
+        self.hidden_size = hidden_size
         self.attention = GeneralAttention(hidden_size, key_size)
         self.output_proj = nn.Linear(key_size + hidden_size, output_size)
 
     def forward(self, input: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """input [B, T, I] -> attentional vectors [B, T, M], weights [B, T, S]."""
-        batch, hidden = len(input), self.cells[0].hidden_size
+        batch, hidden = len(input), self.hidden_size
         states = [(input.new_zeros(batch, hidden), input.new_zeros(batch, hidden)) for _ in self.cells]
         fed = input.new_zeros(batch, self.output_proj.out_features)
         found = []

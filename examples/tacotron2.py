@@ -21,14 +21,14 @@ class StockLoop(nn.Module):
         self, input: int, hidden: int, memory: int, attention: int, filters: int, kernel_size: int, dropout: float
     ) -> None:
         super().__init__()
-        self.hidden_dropout = dropout
+        self.hidden_size, self.hidden_dropout = hidden, dropout
         self.cells = nn.ModuleList([nn.LSTMCell(input + memory, hidden), nn.LSTMCell(hidden + memory, hidden)])
         self.attention = LocationAttention(hidden, memory, attention, filters, kernel_size)
 
     def begin(self, values: Tensor, lengths: Tensor) -> State:
         """values [B, S, D], lengths [B] -> the state before the first step."""
         batch, source, width = values.shape
-        zeros = values.new_zeros(batch, self.cells[0].hidden_size)
+        zeros = values.new_zeros(batch, self.hidden_size)
         memory = self.attention.key_proj(values), values, padding_mask(lengths, source)
         return (
             (zeros, zeros),
