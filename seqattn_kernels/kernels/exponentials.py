@@ -17,6 +17,12 @@ from seqattn_kernels.kernels.launch import padded, rows_of
 
 
 @triton.jit
+def if_so(mask, flag):
+    """`mask` where the scalar `flag` holds. Triton 3.9's interpreter loads by no mask that a scalar was joined to."""
+    return (mask & flag) != 0
+
+
+@triton.jit
 def exp_of_double(x):
     """e^2x, |2x| at most 64, within two roundings: the product with log2(e) is carried in two parts."""
     high = x * 2.8853900817779268

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from seqattn_kernels.kernels import tiles
 from seqattn_kernels.kernels.checks import expect_dtype, expect_rank, expect_served, expect_shape, masks_of
 from seqattn_kernels.kernels.context import contained
+from seqattn_kernels.kernels.exponentials import if_so
 from seqattn_kernels.kernels.launch import Masks, on_device, padded, target
 from seqattn_kernels.kernels.scores import reciprocal
 
@@ -122,7 +123,9 @@ def feature_fwd_kernel(
                 w *= tl.load(input + place, mask=there, other=0.0).to(tl.float32)
                 tl.store(result + place, w.to(result.dtype.element_ty), mask=written)
         if REDUCE:
-            tl.store(result + b * D + d, (reduced * inverse).to(result.dtype.element_ty), mask=d_mask & (split == 0))
+            tl.store(
+                result + b * D + d, (reduced * inverse).to(result.dtype.element_ty), mask=if_so(d_mask, split == 0)
+            )
     else:
         at = partial + (b * splits + split) * 2 * D + d
         tl.store(at, total, mask=d_mask)

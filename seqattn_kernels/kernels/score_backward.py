@@ -19,6 +19,7 @@ from seqattn_kernels.kernels.exponentials import (
     bits_of,
     exponentials,
     form_of,
+    if_so,
     size_of,
     span_of,
 )
@@ -37,7 +38,7 @@ def row_of(d_scores, other, i, step, AP, n_mask, a_mask, left, MASKED: tl.conste
     """Gradients [N, 1] and exponentials [1, A] of row i of the other side."""
     there = n_mask
     if MASKED:
-        there = n_mask & (i < left)
+        there = if_so(n_mask, i < left)
     d = tl.load(d_scores + i * step, mask=there, other=0.0)
     return d[:, None], tl.load(other + i * AP, mask=a_mask, other=0.0)[None, :]
 
@@ -197,7 +198,7 @@ def direct_rows(
             d = tl.load(d_scores, mask=n_mask, other=0.0)[:, None]
             there = a_mask
             if used is not None:
-                there = there & (tl.load(used + m) != 0)
+                there = if_so(there, tl.load(used + m) != 0)
             row = tl.load(other, mask=there, other=0.0).to(tl.float32)[None, :]
             if OWN_QUERY:
                 d_own, _ = GRADIENT(own, row)
