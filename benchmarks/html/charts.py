@@ -74,7 +74,7 @@ class Axis:
 
 
 def colour(name: str) -> str:
-    known = PALETTE.get(name)
+    known = PALETTE.get(name.split(",")[0])
     return known or f"hsl({sum(map(ord, name)) * 47 % 360} 45% 45%)"
 
 
@@ -108,18 +108,21 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], line
     parts.append(
         f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(y_label)}</text>'
     )
-    for index, line in enumerate(lines):
+    named: list[tuple[str, float]] = []
+    for line in lines:
         steps = [x.low + (x.high - x.low) * i / 60 for i in range(61)]
         path = " ".join("{:.1f},{:.1f}".format(*at((10**s, line.value(10**s)))) for s in steps)
         parts.append(f'<polyline class="limit" points="{path}"><title>{escape(line.name)}</title></polyline>')
-        # At the right and the left in turns: limits meet where they are highest.
-        anchor, end = (("end", x.high), ("start", x.low))[index % 2]
-        corner = (10**end, line.value(10**end))
-        spot = at(corner)
-        parts.append(
-            f'<text class="limit" x="{spot[0]:.1f}" y="{spot[1] - 4:.1f}" text-anchor="{anchor}">'
-            f"{escape(line.name)}</text>"
-        )
+        # At the right or the left, where no other name stands: limits meet where they are highest.
+        for anchor, end in (("end", x.high), ("start", x.low)):
+            spot = at((10**end, line.value(10**end)))
+            if all(anchor != other or abs(spot[1] - height) >= 12 for other, height in named):
+                named.append((anchor, spot[1]))
+                parts.append(
+                    f'<text class="limit" x="{spot[0]:.1f}" y="{spot[1] - 4:.1f}" text-anchor="{anchor}">'
+                    f"{escape(line.name)}</text>"
+                )
+                break
     for each in series:
         shown = [point for point in each.points if min(point) > 0]
         if each.joined and len(shown) > 1:

@@ -201,7 +201,7 @@ def _limits(document: Document, precision: str, threads: int) -> list[Line]:
         found.append(Line(f"{precision} products", _constant(limit * 1e12)))
     if "copy_tbs" in document.ceilings and not threads:
         found.append(Line("memory", _sloped(document.ceilings["copy_tbs"] * 1e12, (limit or math.inf) * 1e12)))
-    for level in ("l2", "l3", "memory"):
+    for level in ("memory", "l3", "l2"):
         rate = document.ceilings.get(f"{level}_gbs_{threads}t")
         if rate:
             found.append(Line(level, _sloped(rate * 1e9, document.fma_gflops.get(str(threads), math.inf) * 1e9)))
