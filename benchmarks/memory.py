@@ -48,15 +48,15 @@ def cases() -> list[Case]:
 
     found = [case for case in SUITES["attention"] if case.operator == "additive_attention"]
     found += [case for case in SUITES["recurrent"] if case.mode is Mode.TRAINING and case.label in ("S2", "S4", "S5")]
-    sizes = {
-        "gru": {"B": 16, "T": 0, "I": 256, "H": 256},
-        "additive_attention": {"B": 8, "T": 0, "S": 256, "A": 256},
-        "gru_decoder": {"B": 32, "T": 0, "S": 50, "H": 256},
-    }
-    for operator, shape in sizes.items():
+    curves: tuple[tuple[str, str, dict[str, int]], ...] = (
+        ("recurrent", "gru", {"B": 16, "T": 0, "I": 256, "H": 256}),
+        ("attention", "additive_attention", {"B": 8, "T": 0, "S": 256, "A": 256}),
+        ("decoder", "gru_decoder", {"B": 32, "T": 0, "S": 50, "H": 256}),
+    )
+    for suite, operator, shape in curves:
         for steps in (50, 100, 200, 400):
-            found.append(Case("memory", operator, {**shape, "T": steps}, Mode.TRAINING, ("ours",)))
-    return found
+            found.append(Case(suite, operator, {**shape, "T": steps}, Mode.TRAINING, ("ours",)))
+    return list({case.name: case for case in found}.values())
 
 
 def status(field: str) -> float:

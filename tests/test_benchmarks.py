@@ -408,6 +408,13 @@ def test_losses_stand_with_their_reasons():
     assert any("nothing/like/it: 0.90 (reason not found out yet)" in line for line in found)
 
 
+@pytest.mark.parametrize("operator", sorted({case.operator for case in memory.cases()}))
+def test_memory_of_every_operator_can_be_measured(operator):
+    case = next(case for case in memory.cases() if case.operator == operator)
+    small = dataclasses.replace(case, shape={key: min(size, 8) for key, size in case.shape.items()})
+    assert memory.measure_here(small, "ours") >= 0
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_case_has_its_floors_but_whole_models(suite, monkeypatch):
     monkeypatch.setattr(ceilings, "fma_limit", lambda threads: 1e11)
