@@ -112,10 +112,11 @@ def run_case(case: Case, threads: int, profile: Profile = FULL, only: Collection
 def run(
     cases: Iterable[Case], threads: Iterable[int], profile: Profile = FULL, only: Collection[str] | None = None
 ) -> Iterator[CaseResult]:
-    """Measure the cases one after the other at each number of threads."""
+    """Measure the cases one after the other at each number of threads; those over threads from one thread up."""
     counts = list(threads)
+    every = sorted({*counts, *(2**n for n in range(max(counts).bit_length()))})
     for case in cases:
-        for count in counts:
+        for count in every if case.label == "threads" else counts:
             yield run_case(case, count, profile, only)
 
 

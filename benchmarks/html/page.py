@@ -255,7 +255,8 @@ def _growth(label: str, series: Sequence[Series]) -> str:
 
 def memory(cases: Sequence[CaseResult], usage: Sequence[Mapping[str, Any]] = ()) -> str:
     """Stock and ours: what the cases of a GPU took, and what `benchmarks.memory` found on a CPU (``usage``)."""
-    rows = {each["case"]: {STOCK: each["stock_mb"], "ours": each["ours_mb"]} for each in usage}
+    # Without the suite: names are long.
+    rows = {each["case"].split("/", 1)[-1]: {STOCK: each["stock_mb"], "ours": each["ours_mb"]} for each in usage}
     for case in cases:
         found = {c.name: c.peak_mib for c in case.contestants if c.peak_mib}
         if len(found) > 1 and STOCK in found:
