@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqattn_kernels import native, ops, reference
+from seqattn_kernels import ops, reference
 from seqattn_kernels.functional.arguments import WIDE, expect_devices, expect_floats, expect_rank, expect_shape
 from seqattn_kernels.functional.masks import attended_keys, resolve
 from seqattn_kernels.functional.scoring import attend
-from seqattn_kernels.functional.weighting import SOFTMAX, Weighting, choose_backend, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import (
+    SOFTMAX,
+    Weighting,
+    choose_backend,
+    context_of,
+    taken_as_given,
+    weigh,
+    weighting_of,
+)
 from seqattn_kernels.reference.attention import attended
 
 
@@ -40,7 +48,7 @@ def feature_attention(
     Returns:
         weights * input [B, S, D], or its sum over time [B, D]; weights [B, S, D]. Both are zero where not attended to.
     """
-    if _taken_as_given(input, mask, mask_polarity, backend):
+    if taken_as_given(input, mask, mask_polarity, backend) and not torch.is_autocast_enabled("cpu"):
         try:
             return ops.features.attention(input, weight, bias, lengths, mask, reduce)
         except (RuntimeError, TypeError, ValueError):
@@ -61,21 +69,6 @@ def feature_attention(
     attend = attended(input, lengths, mask)
     attend = None if attend is None else attend.transpose(1, 2)
     return reference.attention.feature_attention(input, weight, bias, attend, reduce)
-
-
-def _taken_as_given(input: Tensor, mask: Tensor | None, mask_polarity: str, backend: str | None) -> bool:
-    """Whether an operator gets the arguments as they are. It looks at everything itself; what it refuses is looked at
-    again in Python, to convert it or to say why."""
-    return (
-        backend is None
-        and isinstance(input, Tensor)
-        and input.is_cpu
-        and input.dtype in WIDE
-        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
-        and native.why_not() is None
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _computed_here(input: Tensor, backend: str, *parameters: Tensor | None) -> bool:
@@ -118,7 +111,7 @@ def pooling_attention(
     """
     chosen = weighting_of(weighting)
     plain = chosen is SOFTMAX or chosen == SOFTMAX
-    if plain and _taken_as_given(input, mask, mask_polarity, backend):
+    if plain and taken_as_given(input, mask, mask_polarity, backend) and not torch.is_autocast_enabled("cpu"):
         try:
             found = ops.pooling.attention(input, weight, bias, v, values, lengths, mask)
         except (RuntimeError, TypeError, ValueError):
@@ -167,6 +160,6 @@ def pooling_attention(
     if choose_backend(inner, backend) == "triton":
         scores = ops.pooling.scores_of_rows(inner, v.to(inner.dtype))
     else:
-        scores = torch.matmul(inner.tanh(), v.t().to(inner.dtype)).transpose(1, 2)
+        scores = reference.attention.scores_of_rows(inner, v.to(inner.dtype))
     weights = weigh(scores if scores.dtype in WIDE else scores.float(), lengths, mask, chosen, backend).to(input.dtype)
     return context_of(weights, values, lengths, mask, chosen), weights if need_weights else None

@@ -90,6 +90,20 @@ def computed_wide(t: Tensor, backend: str) -> bool:
     return backend in ("cpu", "reference") and t.dtype not in WIDE
 
 
+def taken_as_given(t: Any, mask: Any, mask_polarity: str, backend: str | None) -> bool:
+    """Whether a CPU operator gets its arguments as they are. It looks at everything itself; what it refuses is looked
+    at again in Python, to convert it or to say why."""
+    return (
+        backend is None
+        and isinstance(t, Tensor)
+        and t.is_cpu
+        and t.dtype in WIDE
+        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+    )
+
+
 def normalize(
     weighting: Weighting,
     scores: Tensor,
@@ -221,18 +235,7 @@ def _normalized(
     causal: bool,
     backend: str | None,
 ) -> Tensor:
-    if (
-        backend is None
-        and isinstance(scores, Tensor)
-        and scores.is_cpu
-        and scores.dtype in WIDE
-        and scores.dim() < 4
-        and not causal
-        and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
-        and native.why_not() is None
-        and not torch.compiler.is_compiling()
-    ):
-        # The operator looks at everything itself; what it refuses is looked at below, to convert it or to say why.
+    if not causal and taken_as_given(scores, mask, mask_polarity, backend) and scores.dim() < 4:
         try:
             return normalize(weighting, scores, lengths, mask)
         except (RuntimeError, TypeError, ValueError):

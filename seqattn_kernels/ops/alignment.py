@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, needs_gradients
 
 
 def _register_fakes() -> None:
@@ -53,6 +53,6 @@ class MonotonicFunction(torch.autograd.Function):
 
 def monotonic(choose: Tensor, previous: Tensor) -> Tensor:
     """`seqattn_kernels.reference.alignment.monotonic_alignment` by one operator: float32 or, on the CPU, float64."""
-    if torch.is_grad_enabled() and (choose.requires_grad or previous.requires_grad):
+    if needs_gradients(choose, previous):
         return apply_function(MonotonicFunction, choose, previous)
     return torch.ops.seqattn.monotonic_fwd.default(choose, previous)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function, differentiate_again
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
 
 _KEY_BLOCK = 16
 _COLUMN_GROUP = 4
@@ -111,9 +111,7 @@ def additive(
     packed: what `pack_keys` made of these very keys, or None. Without `need_weights` the second result is empty where
     no gradient is needed.
     """
-    if torch.is_grad_enabled() and (
-        query.requires_grad or keys.requires_grad or values.requires_grad or v.requires_grad
-    ):
+    if needs_gradients(query, keys, values, v):
         return apply_function(AdditiveFunction, query, keys, packed, values, v, lengths, mask)
     return torch.ops.seqattn.additive_fwd.default(query, keys, packed, values, v, lengths, mask, need_weights)
 

@@ -21,6 +21,15 @@ def apply_function(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients of some of them will be asked for."""
+    if torch.is_grad_enabled():
+        for t in tensors:  # a loop, at half the price of `any`
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def differentiate_again(
     compute: Callable[..., Any],
     inputs: Sequence[Tensor | None],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, needs_gradients
 from seqattn_kernels.ops.recurrence import _NUMBER, _SAVED, CELLS, _padded
 from seqattn_kernels.reference.decoder import ACTIVATIONS, HISTORIES, ORDERS, SCORES, Spec
 
@@ -228,7 +228,7 @@ def attention_decoder(
     """
     if packed_keys is None and spec.score == "additive" and spec.history == "none":
         packed_keys = torch.ops.seqattn.additive_pack.default(t.keys.detach())
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*t, *weights)):
+    if needs_gradients(*t, *weights):
         hidden, c_n, contexts, found, attentional, _ = apply_function(DecoderFunction, spec, packed_keys, *t, *weights)
     else:
         hidden, c_n, contexts, found, attentional, _ = _forward(spec, t, weights, packed_keys, packed, owners, False)

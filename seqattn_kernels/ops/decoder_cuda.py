@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from seqattn_kernels import native
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, needs_gradients
 from seqattn_kernels.ops.decoder import Tensors, _reference_gradients
 from seqattn_kernels.ops.recurrence import _KEPT, _NUMBER, CELLS
 from seqattn_kernels.ops.scores import score_number
@@ -70,7 +70,7 @@ def why_not(spec: Spec, t: Tensors, weights: Sequence[Tensor]) -> str | None:
     present = [x for x in (*t, *weights) if x is not None]
     if any(x.is_floating_point() and x.dtype != t.input.dtype for x in present):
         return "the decoder's kernel takes tensors of one dtype"
-    if attention_cuda.why_not() is not None and torch.is_grad_enabled() and any(x.requires_grad for x in present):
+    if attention_cuda.why_not() is not None and needs_gradients(*present):
         return f"gradients of the decoder's kernel: {attention_cuda.why_not()}"
     device = torch.cuda.get_device_properties(t.input.device)
     sm = 10 * device.major + device.minor
@@ -193,7 +193,7 @@ def attention_decoder(
         None if t.h0 is None else t.h0[0].contiguous(),
         None if t.c0 is None else t.c0[0].contiguous(),
     )
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+    if needs_gradients(*arguments[1:]):
         hidden, c_n, contexts, found, *_ = apply_function(DecoderLoopFunction, *arguments)
     else:
         hidden, _, c_n, contexts, found, *_ = torch.ops.seqattn.decoder_loop.default(*arguments, False)

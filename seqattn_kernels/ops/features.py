@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function, differentiate_again
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
 
 
 def _register_fakes() -> None:
@@ -73,9 +73,7 @@ def attention(
 
     All of one dtype, on the CPU float32 or float64; mask boolean [B, S].
     """
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if needs_gradients(input, weight, bias):
         result, weights, _ = apply_function(FeatureFunction, input, weight, bias, lengths, mask, reduce)
     else:
         result, weights, _ = torch.ops.seqattn.feature_fwd.default(input, weight, bias, lengths, mask, reduce, False)

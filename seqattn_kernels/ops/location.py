@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function, differentiate_again
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
 from seqattn_kernels.ops.scores import score_number
 
 
@@ -105,6 +105,6 @@ def scores(
 
     On the CPU, all float32 or all float64.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, keys, v, history, conv_weight, feature_weight)):
+    if needs_gradients(query, keys, v, history, conv_weight, feature_weight):
         return apply_function(LocationFunction, query, keys, v, history, conv_weight, feature_weight, lengths)
     return torch.ops.seqattn.location_fwd.default(query, keys, v, history, conv_weight, feature_weight, lengths)

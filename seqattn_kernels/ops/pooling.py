@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function, differentiate_again
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
 
 
 def _register_fakes() -> None:
@@ -101,7 +101,7 @@ def attention(
 
     On the CPU, all float32 or all float64; values None: the input.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, v, values)):
+    if needs_gradients(input, weight, bias, v, values):
         context, weights, _ = apply_function(PoolingFunction, input, weight, bias, v, values, lengths, mask)
     else:
         context, weights, _ = torch.ops.seqattn.pooling_fwd.default(
@@ -128,17 +128,13 @@ class RowScoresFunction(torch.autograd.Function):
         inner, v = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            slope = 1 - inner.tanh().square()
-            return (
-                (d_scores.transpose(1, 2) @ v) * slope if needs[0] else None,
-                torch.einsum("brs,bsa->ra", d_scores, inner.tanh()) if needs[1] else None,
-            )
+            return tuple(differentiate_again(reference.attention.scores_of_rows, [inner, v], needs, [d_scores]))
         d_inner, d_v = torch.ops.seqattn.pool_bwd.default(d_scores, inner, v)
         return d_inner if needs[0] else None, d_v if needs[1] else None
 
 
 def scores_of_rows(inner: Tensor, v: Tensor) -> Tensor:
     """Scores [B, R, S], ``v @ tanh(inner)``, of inner [B, S, A] and v [R, A] of one dtype, on a GPU."""
-    if torch.is_grad_enabled() and (inner.requires_grad or v.requires_grad):
+    if needs_gradients(inner, v):
         return apply_function(RowScoresFunction, inner, v)
     return torch.ops.seqattn.pool_fwd.default(inner, v)

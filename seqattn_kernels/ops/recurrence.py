@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native, reference
-from seqattn_kernels.ops.autograd import apply_function
+from seqattn_kernels.ops.autograd import apply_function, needs_gradients
 from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
@@ -194,15 +194,6 @@ def _differentiable_gradients(outputs, inputs, needs, gradients):
     return results
 
 
-def _any_requires_grad(input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> bool:
-    return (
-        input.requires_grad
-        or (h is not None and h.requires_grad)
-        or (c is not None and c.requires_grad)
-        or any(w.requires_grad for w in weights)
-    )
-
-
 def recurrence(
     cell: str,
     input: Tensor,
@@ -223,7 +214,7 @@ def recurrence(
     allow_tf32 = input.is_cuda and input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     input, h0, c0 = input.contiguous(), _contiguous(h0), _contiguous(c0)
     weights = [w.contiguous() for w in weights]
-    if torch.is_grad_enabled() and _any_requires_grad(input, h0, c0, weights):
+    if needs_gradients(input, h0, c0, *weights):
         output, hn, cn, states, _ = apply_function(
             RecurrenceFunction, cell, has_bias, layout, cell_states, allow_tf32, stepwise, input, sizes, h0, c0,
             *weights,
@@ -301,6 +292,6 @@ def cell_step(
     packed: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """One step: input [B, I], h, c [B, H] or None -> h' and, of a cell that has one, c'."""
-    if torch.is_grad_enabled() and _any_requires_grad(input, h, c, weights):
+    if needs_gradients(input, h, c, *weights):
         return apply_function(CellFunction, cell, has_bias, input, h, c, *weights)[:-1]
     return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, packed, has_bias, False))

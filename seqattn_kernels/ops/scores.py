@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
-from seqattn_kernels.ops.autograd import apply_function, differentiate_again
+from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
 
 
 def _register_fakes() -> None:
@@ -136,9 +136,7 @@ def scores(
 
     features [B, S, F] or [B, T, S, F] and feature_weight [F, A] belong to the additive score alone.
     """
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, keys, v, features, feature_weight)
-    ):
+    if needs_gradients(query, keys, v, features, feature_weight):
         return apply_function(ScoresFunction, kind, query, keys, v, features, feature_weight, lengths)
     return torch.ops.seqattn.scores_fwd.default(score_number(kind), query, keys, v, features, feature_weight, lengths)
 
@@ -204,7 +202,7 @@ def normalize(
 ) -> Tensor:
     """The native operator: weights [B, T, S] of scores, as `seqattn_kernels.reference.normalizers.normalize`. On a CPU
     also [B, S], without a gradient of the mask."""
-    if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
+    if needs_gradients(scores, mask):
         return apply_function(NormalizeFunction, kind, scores, lengths, mask, scale, temperature, fill, zero_empty)
     return torch.ops.seqattn.normalize_fwd.default(
         normalizer_number(kind), scores, lengths, mask, scale, temperature, fill, zero_empty
@@ -240,6 +238,6 @@ def context(weights: Tensor, values: Tensor) -> Tensor:
 
     Values of keys without weight may be anything, NaN included.
     """
-    if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
+    if needs_gradients(weights, values):
         return apply_function(ContextFunction, weights, values)
     return torch.ops.seqattn.context_fwd.default(weights, values)

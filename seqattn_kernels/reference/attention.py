@@ -109,6 +109,11 @@ def additive_attention(
     return weights @ without_unattended(values, attend), weights
 
 
+def scores_of_rows(inner: Tensor, v: Tensor) -> Tensor:
+    """Scores [B, R, S], ``v . tanh(inner)``, of inner [B, S, A] and the rows of v [R, A]."""
+    return F.linear(inner.tanh(), v).transpose(1, 2)
+
+
 def pooling_attention(
     input: Tensor,
     weight: Tensor,
@@ -125,7 +130,7 @@ def pooling_attention(
     attend = attended(input, lengths, mask)
     clean = without_unattended(input, attend)
     values = clean if values is None else without_unattended(values, attend)
-    scores = F.linear(F.linear(clean, weight, bias).tanh(), v.unsqueeze(0) if v.dim() == 1 else v).transpose(1, 2)
+    scores = scores_of_rows(F.linear(clean, weight, bias), v.unsqueeze(0) if v.dim() == 1 else v)
     weights = masked_softmax(scores, attend, mask)
     context = weights @ values
     return (context.squeeze(1), weights.squeeze(1)) if v.dim() == 1 else (context, weights)
