@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import demo
+from benchmarks.cases import SUITES, is_ours
 from benchmarks.environment import RESULTS, ROOT, machine_name
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.bench import SUITES as GPU_SUITES
 from benchmarks.results import CaseResult, Document
+from benchmarks.tables import TITLES
 
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 THREADS = 2
@@ -93,6 +96,7 @@ def engine_table(document: Document) -> str:
 
 GPU = "gpu_"  # what places for results of a GPU begin with
 DEMO = "demo"  # the place of the demo's figures, which are no suite's
+LEAST = "least"  # the place of the least gain of each suite
 
 
 def model_table(document: Document) -> str:
@@ -109,6 +113,24 @@ def model_table(document: Document) -> str:
                 rows.setdefault(f"{case.operator} {_shape(case)}", {})[column] = figure
     names = next((tuple(case.shape) for case in document.cases), ())
     return _markdown([f"times stock torch; {','.join(names)}", *columns], rows)
+
+
+def least_table(documents: Mapping[str, Document]) -> str:
+    """Markdown: a row for each suite of a CPU, the least that we gain in it, where, and the median."""
+    rows: dict[str, dict[str, str]] = {}
+    for suite, document in documents.items():
+        found = [
+            (each.ratio, f"{each.name}, {case.operator} {case.mode} {_shape(case)}, {case.threads} threads")
+            for case in document.cases
+            for each in case.contestants
+            if is_ours(each.name) and each.ratio is not None
+        ]
+        if suite.startswith(GPU) or not found:
+            continue
+        ratio, where = min(found)
+        middle = statistics.median(ratio for ratio, _ in found)
+        rows[TITLES[suite]] = {"least": f"{ratio:.2f}x", "where": where, "median": _times(middle)}
+    return _markdown(["times stock torch", "least", "where", "median"], rows)
 
 
 TABLES: Mapping[str, Callable[[Document], str]] = {
@@ -168,8 +190,10 @@ def filled(text: str, documents: Mapping[str, Document], summary: Mapping[str, A
         opening, suite, closing = match.groups()
         if suite == DEMO:
             return f"{opening}\n{demo.markdown(summary)}\n\n{closing}" if summary else match.group(0)
+        if suite == LEAST:
+            return f"{opening}\n{least_table(documents)}\n\n{closing}" if documents else match.group(0)
         if suite not in TABLES:
-            raise ValueError(f"table:{suite}: expected one of {', '.join((*TABLES, DEMO))}")
+            raise ValueError(f"table:{suite}: expected one of {', '.join((*TABLES, DEMO, LEAST))}")
         if suite not in documents:
             return match.group(0)
         return f"{opening}\n{TABLES[suite](documents[suite])}\n\n{provenance(documents[suite])}\n\n{closing}"
@@ -241,7 +265,7 @@ def _ratios(cases: Sequence[CaseResult], shapes: Sequence[str], mode: str, name:
 
 def load(machine: str) -> dict[str, Document]:
     """The results of every suite measured on a machine."""
-    found = {suite: RESULTS / machine / f"{suite}.json" for suite in TABLES if not suite.startswith(GPU)}
+    found = {suite: RESULTS / machine / f"{suite}.json" for suite in SUITES}
     return {suite: Document.read(path) for suite, path in found.items() if path.exists()}
 
 

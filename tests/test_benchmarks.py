@@ -298,6 +298,16 @@ def test_every_suite_makes_a_table(suite):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_the_report_shows_the_least_gain():
+    document = made_up_document("cells")
+    first = document.cases[0]
+    low = dataclasses.replace(first, contestants=[results.Contestant("ours", ratio=0.5)])
+    document = dataclasses.replace(document, cases=[*document.cases[1:], low])
+    text = report.filled("<!-- table:least -->\n<!-- /table -->", {"cells": document, "gpu_cells": document})
+    assert f"| 0.50x | ours, {first.operator} {first.mode}" in text
+    assert text.count("0.50x") == 1
+
+
 def test_the_report_refuses_unknown_places():
     with pytest.raises(ValueError, match="table:nothing: expected one of recurrent"):
         report.filled("<!-- table:nothing -->\n<!-- /table -->", {})
