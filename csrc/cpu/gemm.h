@@ -132,13 +132,15 @@ inline detail::TileFunction<A> tile_function(int rows, int panel) {
 
 // Operands summed in one go before they are added to C: one long sum would lose digits.
 inline constexpr int64_t kSumBlock = 128;
+// Sums whose digits matter more, as stock's own are short: gradients of a layer's input.
+inline constexpr int64_t kShortSumBlock = 64;
 
 // C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb. K counts
 // operands: half the values of bfloat16.
 //
 // later: null, or a packed panel as large as B that is multiplied next. Where B serves several tiles, the first ones
 // fetch it from further away than the second-level cache.
-template <class A>
+template <int64_t Block = kSumBlock, class A>
 inline void multiply_strided(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K,
                              int64_t rows, int panel, bool add, const A* later = nullptr) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
@@ -150,8 +152,8 @@ inline void multiply_strided(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, 
     const auto function =
         fetch ? tile_function<A, true>(int(end - begin), panel) : tile_function<A, false>(int(end - begin), panel);
     const char* next = fetch ? reinterpret_cast<const char*>(later) + fetched * kCacheLine : nullptr;
-    for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
-      const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
+    for (int64_t k = 0; k == 0 || k < K; k += Block) {
+      const int64_t depth = K - k < Block ? K - k : Block;
       function(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth, add || k > 0,
                next + (fetch ? k * kCacheLine : 0));
     }
@@ -160,10 +162,10 @@ inline void multiply_strided(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, 
 }
 
 // The same with B a packed panel.
-template <class A>
+template <int64_t Block = kSumBlock, class A>
 inline void multiply_panel(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t K, int64_t rows,
                            int panel, bool add, const A* later = nullptr) {
-  multiply_strided<A>(c, ldc, a, lda, b, int64_t(panel) * kLanes<A>, K, rows, panel, add, later);
+  multiply_strided<Block>(c, ldc, a, lda, b, int64_t(panel) * kLanes<A>, K, rows, panel, add, later);
 }
 
 namespace detail {

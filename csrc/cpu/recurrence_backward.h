@@ -257,13 +257,14 @@ class BackwardDirection {
                        int64_t first, int64_t vectors, int first_slot, int (*gate_of)(int), bool add, int64_t next) {
     const int64_t width = padded(sizes_.hidden), K = Cell::kGates * width;
     if (!in_place(first, vectors, columns)) {
-      multiply_panel(c, ldc, grad + first_slot * width, s_.ld_grad, packed + first * W * K, K, rows, int(vectors), add,
-                     next < 0 ? nullptr : packed + next * W * K);
+      multiply_panel<kShortSumBlock>(c, ldc, grad + first_slot * width, s_.ld_grad, packed + first * W * K, K, rows,
+                                     int(vectors), add, next < 0 ? nullptr : packed + next * W * K);
       return;
     }
     for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
-      multiply_strided(c, ldc, grad + s * width, s_.ld_grad, w + gate_of(s) * sizes_.hidden * columns + first * W,
-                       columns, sizes_.hidden, rows, int(vectors), add || s > first_slot);
+      multiply_strided<kShortSumBlock>(c, ldc, grad + s * width, s_.ld_grad,
+                                       w + gate_of(s) * sizes_.hidden * columns + first * W, columns, sizes_.hidden,
+                                       rows, int(vectors), add || s > first_slot);
     }
   }
 
