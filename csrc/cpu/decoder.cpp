@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t numbe
   const int64_t size = k.packed_size(int(number), p);
   p.packed_given = packed.has_value();
   if (packed) p.packed = const_cast<T*>(a.take("packed", *packed, {size}));
+  if (p.steps == 1) p.tile_rows = kStepRows;
   a.plan(1);
   k.forward_scratch(int(number), &p);
   a.take_scratch(packed ? 0 : size);
