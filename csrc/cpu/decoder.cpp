@@ -221,8 +221,10 @@ Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, c
     a.read_history({}, w_conv, w_feature, {});
   }
   const DecoderKernels<T>& k = kernels<T>();
-  Tensor packed = torch::stable::new_empty(weights[0], {k.packed_size(int(number), p)});
+  const int64_t size = k.packed_size(int(number), p);
+  Tensor packed = torch::stable::new_empty(weights[0], {size});
   p.packed = packed.mutable_data_ptr<T>();
+  want_huge_pages(p.packed, size_t(size) * sizeof(T));
   run_gang(int(torch::stable::get_num_threads()), [&](Gang& gang) { k.pack(int(number), p, gang); });
   return packed;
 }
