@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,9 +177,10 @@ def test_longer_than_a_chunk(score: str, order: str, rows: int, steps: int) -> N
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability: str) -> None:
     """The same tests on the kernels that an older processor would take."""
-    selection = "test_threads_change_no_bit or test_float64_and or test_longer or test_masked or test_earlier"
+    selection = "test_threads_change_no_bit or test_float64_and or test_longer or test_masked or test_earlier or rows"
+    rows = Path(__file__).with_name("test_decoder_rows.py")
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection],
+        [sys.executable, "-m", "pytest", "-q", __file__, rows, "-k", selection],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t numbe
   const int64_t size = k.packed_size(int(number), p);
   p.packed_given = packed.has_value();
   if (packed) p.packed = const_cast<T*>(a.take("packed", *packed, {size}));
+  if (p.steps == 1) p.tile_rows = kStepRows;
   a.plan(1);
   k.forward_scratch(int(number), &p);
   a.take_scratch(packed ? 0 : size);
@@ -220,8 +221,10 @@ Tensor pack(int64_t number, const std::vector<Tensor>& weights, bool has_bias, c
     a.read_history({}, w_conv, w_feature, {});
   }
   const DecoderKernels<T>& k = kernels<T>();
-  Tensor packed = torch::stable::new_empty(weights[0], {k.packed_size(int(number), p)});
+  const int64_t size = k.packed_size(int(number), p);
+  Tensor packed = torch::stable::new_empty(weights[0], {size});
   p.packed = packed.mutable_data_ptr<T>();
+  want_huge_pages(p.packed, size_t(size) * sizeof(T));
   run_gang(int(torch::stable::get_num_threads()), [&](Gang& gang) { k.pack(int(number), p, gang); });
   return packed;
 }

@@ -12,7 +12,9 @@
 
 namespace seqattn {
 
-inline constexpr int64_t kDecoderRows = 8;  // of a tile at most: what a panel of three vectors multiplies at a time
+// Rows of a tile at most: what a panel of three vectors multiplies at a time. Of a single step more: nothing of a tile
+// is left in cache for the next one, and each tile reads all weights.
+inline constexpr int64_t kDecoderRows = 8, kStepRows = 64;
 
 // Attend with h of the step before, then update; update, then attend with the new h; or the first layer updates and
 // attends, and the others see its h beside the context.
@@ -74,6 +76,7 @@ struct DecoderProblem {
   LayerWeights<T>* d_layers;  // pointers to be written through
   T *d_w_query, *d_b_query, *d_w_output, *d_b_output;
 
+  int64_t tile_rows = kDecoderRows;
   bool split;           // each thread takes tiles of its own
   int64_t chunk_steps;  // steps whose input projections (forward) or gradients (backward) are kept at a time
   // common_scratch (backward), then [1, or threads where split] of tile_scratch, then [threads] of thread_scratch.
@@ -81,12 +84,18 @@ struct DecoderProblem {
   int64_t common_scratch, tile_scratch, thread_scratch;
   int threads;
 
-  SEQATTN_HERE int64_t tiles() const { return (B + kDecoderRows - 1) / kDecoderRows; }
+  SEQATTN_HERE int64_t tiles() const { return ceil_div(B, tile_rows); }
   SEQATTN_HERE int64_t tile_begin(int64_t tile) const { return B * tile / tiles(); }
   SEQATTN_HERE int64_t layer_width(int64_t layer) const {
     return layer == 0 ? width : layer == 1 ? H + second_context : H;
   }
   SEQATTN_HERE int64_t query_layer() const { return order == DecoderOrder::between ? 0 : layers - 1; }
+  // Whether forward multiplies W_ih by the values beforehand, not by each step's context. A single row's product takes
+  // as long as its weights take to be read, so S columns in place of D are a gain that the values' product is small to;
+  // more rows would each have weights of their own.
+  SEQATTN_HERE bool folds() const {
+    return B == 1 && context_at >= 0 && M == 0 && second_context == 0 && !embedding && 4 * steps * (D - S) > S * D;
+  }
   SEQATTN_HERE bool has_history() const { return history != DecoderHistory::none; }
   SEQATTN_HERE bool knows_last() const { return history == DecoderHistory::last || history == DecoderHistory::both; }
   SEQATTN_HERE bool knows_sum() const { return history == DecoderHistory::both || history == DecoderHistory::sum; }

@@ -390,6 +390,7 @@ std::vector<Tensor> pack(int64_t number, const std::vector<Tensor>& weights, boo
     packed.push_back(bfloat16 ? torch::stable::new_empty(weights[0], {2 * size}, ScalarType::BFloat16)
                               : torch::stable::new_empty(weights[0], {size}));
     d.packed = static_cast<T*>(packed.back().mutable_data_ptr());
+    want_huge_pages(d.packed, size_t(size) * sizeof(T));
     run_gang(int(torch::stable::get_num_threads()), [&](Gang& gang) { k.pack(int(number), sizes, d, gang); });
   }
   return packed;

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqattn_kernels import backends, ops, reference
+from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.attention import PreparedKeys, prepare_keys
 from seqattn_kernels.functional.decoder_loop import (
     Decoder,
@@ -153,9 +153,13 @@ def run_decoder(
     *,
     feed: Feed | None = None,
     teacher: Tensor | None = None,
+    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> DecoderOutput:
-    """All steps of input [B, T, I] from a state, by the backend that serves."""
+    """All steps of input [B, T, I] from a state, by the backend that serves.
+
+    packed: what `pack_weights` made of the decoder, whose weights are as they were then.
+    """
     state = state.own_memory()
     _check_input(decoder, input, state)
     if (feed is None) != (teacher is None):
@@ -167,7 +171,7 @@ def run_decoder(
         state.memory.keys.check_unchanged()
     dtype = input.dtype
     if name == "cpu" and dtype in _WIDE:
-        found: Any = _native(decoder, input, state)
+        found: Any = _native(decoder, input, state, packed)
     elif name == "cuda":
         return _finish(
             decoder,
@@ -226,19 +230,15 @@ def _history_after(decoder: Decoder, state: DecoderState, weights: Tensor) -> Te
     return torch.stack(channels, 1)
 
 
-def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
-    """The state with keys and weights as the native kernels read them, for many steps without gradients."""
-    values = state.memory.values
-    if values.device.type != "cpu" or values.dtype not in _WIDE or not values.shape[1]:
-        return state
-    if backends.decoder_why_not(_request(decoder, values[:, :1], state, False)) is not None:
-        return state
-    memory = state.memory
-    if decoder.v is not None:
-        decoder = replace(decoder, v=decoder.v.detach().clone())
-        if isinstance(memory.keys, Tensor) and decoder.spec.history == "none":
-            memory = replace(memory, keys=prepare_keys(memory.keys))
-    packed = ops.decoder.pack_decoder(
+def pack_weights(decoder: Decoder) -> Tensor | None:
+    """The weights as the native kernels read them, or None where these don't serve the decoder."""
+    first = decoder.weights[0]
+    wide = first.device.type == "cpu" and first.dtype in _WIDE
+    if decoder.attend is not None or not wide or len(decoder.layers) > ops.decoder.MAX_LAYERS:
+        return None
+    if native.why_not() is not None:
+        return None
+    return ops.decoder.pack_decoder(
         decoder.spec.cell,
         decoder.weights,
         decoder.spec.has_bias,
@@ -249,6 +249,25 @@ def pack(decoder: Decoder, state: DecoderState) -> DecoderState:
         decoder.w_conv,
         decoder.w_feature,
     )
+
+
+def pack(decoder: Decoder, state: DecoderState, packed: Tensor | None = None) -> DecoderState:
+    """The state with keys and weights as the native kernels read them, for many steps without gradients.
+
+    packed: what `pack_weights` made of the decoder, whose weights are as they were then; None: made here.
+    """
+    values = state.memory.values
+    if values.device.type != "cpu" or values.dtype not in _WIDE or not values.shape[1]:
+        return state
+    if backends.decoder_why_not(_request(decoder, values[:, :1], state, False)) is not None:
+        return state
+    memory = state.memory
+    if decoder.v is not None:
+        decoder = replace(decoder, v=decoder.v.detach().clone())
+        if isinstance(memory.keys, Tensor) and decoder.spec.history == "none":
+            memory = replace(memory, keys=prepare_keys(memory.keys))
+    if packed is None:
+        packed = pack_weights(decoder)
     return replace(state, memory=memory, packed=packed, decoder=decoder)
 
 
@@ -258,7 +277,7 @@ def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[T
         raise ValueError(f"input: expected [B, I], got {list(input.shape)}")
     input = input.unsqueeze(1)
     try:
-        hidden, c_n, contexts, weights, attentional = _native(decoder, input, state)
+        hidden, c_n, contexts, weights, attentional = _native(decoder, input, state, state.packed)
     except (RuntimeError, TypeError):
         _check_input(decoder, input, state.own_memory())
         raise
@@ -359,7 +378,9 @@ def generate_by_steps(
     return Generated(torch.stack(words, 1), lengths, finished, log_probs, torch.stack(found, 1))  # type: ignore[arg-type]
 
 
-def _native(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, Any, Tensor, Tensor, Any]:
+def _native(
+    decoder: Decoder, input: Tensor, state: DecoderState, packed: Tensor | None
+) -> tuple[Tensor, Any, Tensor, Tensor, Any]:
     memory = state.memory
     packed_keys = memory.keys.packed if isinstance(memory.keys, PreparedKeys) else None
     return ops.decoder.attention_decoder(
@@ -367,7 +388,7 @@ def _native(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tenso
         _tensors(decoder, input, state),
         decoder.weights,
         packed_keys=packed_keys,
-        packed=state.packed if decoder is state.decoder else None,
+        packed=packed,
         owners=state.owners,
     )
 

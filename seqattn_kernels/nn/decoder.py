@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from seqattn_kernels.functional.decoder_run import (
     generate_by_steps,
     make_memory,
     pack,
+    pack_weights,
     packed_step,
     run_decoder,
     why_not,
@@ -28,13 +29,14 @@ from seqattn_kernels.functional.weighting import SOFTMAX
 from seqattn_kernels.nn.alignment import CoverageAttention, LocationSensitiveAttention
 from seqattn_kernels.nn.attention import AdditiveAttention, ConcatAttention, DotAttention, GeneralAttention
 from seqattn_kernels.nn.cells import GRUCell, LSTMCell, RNNCell
+from seqattn_kernels.nn.freezing import Freezable
 
 _REMEMBERING: dict[str, Any] = {"location": LocationSensitiveAttention, "coverage": CoverageAttention}
 _PROJECTING: dict[str, Any] = {"additive": AdditiveAttention, "concat": ConcatAttention, **_REMEMBERING}
 State = DecoderState | Tensor | Sequence[Tensor] | None
 
 
-class AttentionDecoder(nn.Module):
+class AttentionDecoder(Freezable):
     """A recurrent decoder with attention (Bahdanau, Cho, Bengio, 2014; Luong, Pham, Manning, 2015).
 
     Args:
@@ -134,6 +136,23 @@ class AttentionDecoder(nn.Module):
         if output_size is not None:
             self.output_proj = nn.Linear(value_size + hidden_size, output_size, bias=output_bias, **factory)
         self._parts()  # refuses what doesn't fit together
+
+    def _weight_names(self) -> Sequence[str]:
+        return "attention", "cells", "output_proj"
+
+    def _read_weights(self) -> Sequence[Tensor | None]:
+        # A score of one's own is composed, so that nothing is packed. Buffers: parametrizations may have them.
+        return () if self.score == "module" else [*self.parameters(), *self.buffers()]
+
+    def _pack_weights(self, weights: Sequence[Tensor | None]) -> Any:
+        return pack_weights(self._parts())
+
+    def _parts_packed_within(self) -> Iterable[nn.Module]:
+        return self.cells
+
+    def _packed(self) -> Tensor | None:
+        """All weights as the native kernels read them where they are frozen."""
+        return self._weights()[1] if self._frozen is not None else None
 
     def _parts(self) -> Decoder:
         """The decoder of the parameters as they are now."""
@@ -269,15 +288,15 @@ class AttentionDecoder(nn.Module):
 
         Returns DecoderOutput: output [B, T, M or H], state, weights [B, T, S], contexts [B, T, D].
         """
-        decoder = self._parts()
+        decoder, packed = self._parts(), self._packed()
         if isinstance(state, DecoderState):
             if keys is not None:
                 raise ValueError("keys: expected None with a DecoderState, which has its own")
-            return run_decoder(decoder, input, state, feed=feed, teacher=teacher, backend=backend)
+            return run_decoder(decoder, input, state, feed=feed, teacher=teacher, packed=packed, backend=backend)
         if keys is None:
             raise ValueError("keys: expected [B, S, K], got None")
         began = self._begin(decoder, keys, values, state, lengths, mask)
-        return run_decoder(decoder, input, began, feed=feed, teacher=teacher, backend=backend)
+        return run_decoder(decoder, input, began, feed=feed, teacher=teacher, packed=packed, backend=backend)
 
     def why_not(self, input: Tensor, state: DecoderState) -> str | None:
         """None where one native operator runs all steps of `input` from `state`, else why they are composed."""
@@ -295,18 +314,20 @@ class AttentionDecoder(nn.Module):
         """The state before the first `step`; arguments as of `forward`.
 
         Keys are projected and prepared once. Without gradients the weights are read once too: a later change of the
-        module's parameters shows in the next `begin`, not in steps that go on from here.
+        module's parameters shows in the next `begin`, not in steps that go on from here. While the module is frozen
+        (`seqattn_kernels.frozen`), its weights are read and packed once for every `begin` and `forward`.
         """
-        decoder = self._parts()
+        decoder, packed = self._parts(), self._packed()
         began = self._begin(decoder, keys, values, state, lengths, mask)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return began
-        return pack(decoder, began)
+        return pack(decoder, began, packed)
 
     def step(self, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One step: input [B, I] -> output [B, M or H], the state after it (its `weights` [B, S] are this step's)."""
         if state.packed is not None and state.decoder is not None and not torch.is_grad_enabled():
             return packed_step(state.decoder, input, state)
+        self._packed()  # refuses gradients of frozen weights
         return step(self._parts(), input, state.own_memory())
 
     @torch.no_grad()

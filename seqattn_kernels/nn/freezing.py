@@ -6,7 +6,7 @@ weights may never be stale, and there is no cheap proof that a tensor still hold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -107,6 +107,10 @@ class Freezable(nn.Module):
         """The same rounded to bfloat16, of modules that have kernels for it."""
         return self._pack_weights(weights)
 
+    def _parts_packed_within(self) -> Iterable[nn.Module]:
+        """Modules whose weights this one packs with its own, and never calls."""
+        return ()
+
     def _weights(self) -> tuple[Sequence[Any], Any]:
         """The weights to compute with, and their packed form where frozen."""
         if self._frozen is None:
@@ -189,6 +193,8 @@ _UNTIL_UNFREEZE = "unfreeze"
 
 def _hold_all(model: nn.Module, holder: Hashable, dtype: torch.dtype | None) -> list[Freezable]:
     modules = [module for module in model.modules() if isinstance(module, Freezable)]
+    within = {id(part) for module in modules for part in module._parts_packed_within()}
+    modules = [module for module in modules if id(module) not in within]
     new = [module for module in modules if module._frozen is None or holder not in module._frozen.holders]
     try:
         for module in modules:
@@ -211,9 +217,10 @@ def frozen(model: ModelT, *, weights: str | torch.dtype | None = None) -> Iterat
 
     Args:
         weights: "bfloat16" or torch.bfloat16 rounds the weights that multiply inputs and states to bfloat16, and inputs
-            and states for these products; sums, gates, states and results stay float32. For whole-sequence modules in
-            float32; cells, and modules that no native kernel serves, keep their weights as they are. Results depend on
-            the processor's bfloat16 instructions only in their last float32 digits (and where numbers are denormal).
+            and states for these products; sums, gates, states and results stay float32. For recurrent modules in
+            float32; cells, decoders, and modules that no native kernel serves, keep their weights as they are. Results
+            depend on the processor's bfloat16 instructions only in their last float32 digits (and where numbers are
+            denormal).
             None keeps weights as they are, or as an outer scope has them.
 
     Raises:
