@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from seqattn_kernels.functional.arguments import expect_devices, expect_floats, expect_rank, explain_shapes
 from seqattn_kernels.functional.attention import finish
 from seqattn_kernels.functional.masks import attended_keys, resolve_masks
-from seqattn_kernels.functional.weighting import Weighting, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import Weighting, context_of, products_of, weigh, weighting_of
 
 
 def dot_attention(
@@ -62,11 +62,7 @@ def dot_attention(
         context = F.scaled_dot_product_attention(*heads, scale=factor).squeeze(1)
     else:
         chosen = weighting_of(weighting)
-        clean = attended_keys(keys, lengths, mask)
-        if factor == 1.0:
-            scores = torch.bmm(query, clean.transpose(1, 2))
-        else:
-            scores = torch.baddbmm(query.new_empty(()), query, clean.transpose(1, 2), beta=0, alpha=factor)
+        scores = products_of(query, keys, lengths, mask, factor)
         if plain:
             weights = scores.softmax(-1)
             context = torch.bmm(weights, values)
