@@ -54,7 +54,7 @@ Tensor contained_product(const Tensor& a, const Tensor& b) {
   Tensor out = product(a, b);
   const int64_t M = a.size(1), N = a.size(2), D = b.size(2), rows = a.size(0) * M;
   if (!out.numel() || !N) return out;
-  if (b.is_contiguous() && b.numel() < out.numel() && all_finite(data_of<const T>(b), b.numel())) return out;
+  if (b.numel() < out.numel() && all_finite(data_of<const T>(dense(b)), b.numel())) return out;
   const View3<const T> x(a), y(b);
   constexpr int64_t kRowsPerThread = 1 << 14;  // elements to look at
   const int threads = int(std::min<int64_t>(rows * D / kRowsPerThread + 1, torch::stable::get_num_threads()));

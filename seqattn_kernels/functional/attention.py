@@ -338,6 +338,7 @@ def concat_attention(
             f"weight: expected [A, Q + K] with Q={width} (from query), K={keys.shape[2]} (from keys), "
             f"got {list(weight.shape)}"
         )
+    expect_devices(query, keys=keys, weight=weight)
     lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     keys = attended_keys(keys, lengths, mask)
     return additive_attention(

@@ -113,6 +113,7 @@ def general_attention(
     if query.shape[0] != keys.shape[0]:
         raise ValueError(f"keys: expected [B, S, K] with B={query.shape[0]} (from query), got {list(keys.shape)}")
     values = keys if values is None else values
+    expect_devices(query, keys=keys, weight=weight)
     if lengths is not None or mask is not None or causal:
         lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     steps = query.shape[1] if query.dim() == 3 else 1
@@ -154,6 +155,7 @@ def cosine_attention(
     expect_rank("keys", keys, "[B, S, K]", 3)
     if query.shape[0] != keys.shape[0] or query.shape[-1] != keys.shape[2]:
         explain_shapes(query, keys, values)
+    expect_devices(query, keys=keys)
     if lengths is not None or mask is not None or causal:
         lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     direction = F.normalize(query, dim=-1, eps=eps)

@@ -15,29 +15,30 @@ from torch import Tensor
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::scores_fwd")
+    @register_fake("seqattn::scores_fwd")
     def _(kind, query, keys, v, features, feature_weight, lengths):
         return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
-    @torch.library.register_fake("seqattn::scores_bwd")
+    @register_fake("seqattn::scores_bwd")
     def _(kind, d_scores, query, keys, v, features, feature_weight, lengths):
         return tuple(
             query.new_empty(0) if t is None else query.new_empty(t.shape)
             for t in (query, keys, v, features, feature_weight)
         )
 
-    @torch.library.register_fake("seqattn::normalize_fwd")
+    @register_fake("seqattn::normalize_fwd")
     def _(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
         return scores.new_empty(scores.shape)
 
-    @torch.library.register_fake("seqattn::normalize_bwd")
+    @register_fake("seqattn::normalize_bwd")
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
-    @torch.library.register_fake("seqattn::context_fwd")
+    @register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
 
