@@ -13,6 +13,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Arguments for the command: make test ARGS="-k gru", make demo ARGS=--full, make bench ARGS=recurrent.
 ARGS ?=
+# Processes that run the tests, whole files each; 0: this one alone.
+WORKERS ?= 2
 
 # Without it both OpenMP threads were seen on one core.
 export OMP_PROC_BIND ?= true
@@ -25,8 +27,10 @@ FIND_CXX := find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 demo: $(VENV)/.demo build
 	$(BIN)/seqattn demo $(ARGS)
 
+# Threads are not bound: those of the processes would be bound to the same cores.
+test: export OMP_PROC_BIND := false
 test: $(VENV)/.dev build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench build
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),recurrent)

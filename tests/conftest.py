@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,34 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     return f"{len(items)} tests in this shard" if config.getoption("--shard") else None
 
 
+_EMULATOR = ("tests/test_cuda_launcher.py", "tests/test_emulat")
+_LONG_ALONE = "tests/test_triton_kernels.py"
+
+
+def _runs_with(nodeid: str) -> str:
+    """Tests of one name here run one after the other in one process: those of a file, as they share what it set up, and
+    all of the emulator, which counts the kernels it ran in its process (test_emulator_coverage.py)."""
+    if nodeid.startswith(_EMULATOR):
+        return "emulator"
+    return nodeid if nodeid.startswith(_LONG_ALONE) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n`` processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _runs_with(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes: what takes longest begins
+        items.sort(key=lambda item: not item.nodeid.startswith((*_EMULATOR, _LONG_ALONE)))
     if config.getoption("--only-device"):
         others = [item for item in items if not runs_on_device(item)]
         config.hook.pytest_deselected(items=others)

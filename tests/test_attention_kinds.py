@@ -277,11 +277,16 @@ def test_vmap(kind):
     assert_close_to_float64(list(torch.func.vmap(gradient)(*many)), one_by_one)
 
 
-@pytest.mark.parametrize("kind", ["multi-head", "location", "pooling", "cosine", "coverage", "monotonic"])
+@pytest.mark.parametrize("kind", ["additive", "multi-head", "location", "pooling", "cosine", "coverage", "monotonic"])
 def test_autocast(kind):
-    """Under autocast linear layers give bfloat16 and the rest may be float32: results as near as bfloat16 is."""
-    query, keys = torch.randn(3, 6), torch.randn(3, 9, 5)
-    if kind == "multi-head":
+    """Under autocast linear layers give bfloat16 and the rest may be float32: results as near as bfloat16 is.
+
+    Backward is meant to run outside, but may run inside as well.
+    """
+    query, keys = torch.randn(3, 6, requires_grad=True), torch.randn(3, 9, 5, requires_grad=True)
+    if kind == "additive":
+        module, rest = nn.AdditiveAttention(6, 5, 8), ()
+    elif kind == "multi-head":
         module, rest = nn.MultiHeadAdditiveAttention(6, 5, 8, heads=1), ()
     elif kind == "location":
         module, rest = nn.LocationSensitiveAttention(6, 5, 8, filters=3, kernel_size=3), (torch.rand(3, 2, 9) / 9,)
@@ -291,7 +296,7 @@ def test_autocast(kind):
         module, rest = nn.MonotonicAttention(6, 5, 8, initial_bias=0.0, noise=0.0), ()
     elif kind == "cosine":
         module, rest = nn.CosineAttention(), ()
-        query = query[:, :5]
+        query = query.detach()[:, :5].requires_grad_()
     else:
         module, rest = nn.PoolingAttention(6, 8), ()
     lengths = torch.tensor([9, 0, 4])
@@ -303,6 +308,9 @@ def test_autocast(kind):
 
     with torch.autocast(query.device.type, torch.bfloat16):
         got = call(module, query, keys, *rest)
+        inside = torch.autograd.grad(got.float().square().sum(), query, retain_graph=True)
+    outside = torch.autograd.grad(got.float().square().sum(), query, retain_graph=True)
+    assert_close_to_float64(inside, to_float64(outside), torch.bfloat16)
     wide = call(copy.deepcopy(module).double(), *to_float64([query, keys, *rest]))
     assert_close_to_float64(got, wide, torch.bfloat16)
 

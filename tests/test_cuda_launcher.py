@@ -1,11 +1,13 @@
 """The launcher of the CUDA operators without a GPU: its own sources, on CPU tensors, with kernels in the emulator.
 
-What torch multiplies on a GPU it multiplies here on the CPU. The stepwise path alone; persistent kernels have their
-tests in test_emulator.py.
+What torch multiplies on a GPU it multiplies here on the CPU. The stepwise path, and who serves where it is not asked
+for; persistent kernels have their tests in test_emulated_recurrence.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED, TIME_MAJOR
 from tests import emulator_build, launcher_build
 from tests.cases import DTYPES, KINDS, RecurrentKind
 from tests.compare import assert_close_to_float64, gradients, to_float64
+from tests.emulated import take_launched
 
 _missing = native.why_not() or (None if emulator_build.compiler() else "no C++ compiler")
 pytestmark = pytest.mark.skipif(_missing is not None, reason=str(_missing))
@@ -56,6 +59,7 @@ def agrees(
     projection: int = 0,
     allow_tf32: bool = False,
     given: bool = True,
+    stepwise: bool = True,
 ) -> None:
     """Results, cell states and all gradients against the reference in float64."""
     T, B, I, H = shape
@@ -72,7 +76,7 @@ def agrees(
         x = x.transpose(0, 1).contiguous()
     x = x.to(dtype).requires_grad_()
     *results, _ = ops.recurrence.RecurrenceFunction.apply(
-        kind.name, bias, layout, kind.has_cell_state, allow_tf32, True, x, sizes, h0, c0, *weights
+        kind.name, bias, layout, kind.has_cell_state, allow_tf32, stepwise, x, sizes, h0, c0, *weights
     )
     results = results if kind.has_cell_state else results[:2]
     found = gradients(results, present(x, h0, c0, *weights))
@@ -162,6 +166,42 @@ def test_cell_step(kind: RecurrentKind, dtype: torch.dtype, bias: bool, given: b
     expected = present(*cell_step(kind.name, own[0], states[0], states[1], own_weights, bias))[: len(results)]
     wanted = gradients(expected, present(*own, *own_weights))
     assert_close_to_float64([*results, *found], [*expected, *wanted])
+
+
+H200 = (90, 132, 227 * 1024, 16)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"),
+    [
+        pytest.param(H200, "cluster", id="H200"),
+        pytest.param((90, 7, 227 * 1024, 16), "stepwise", id="no-room-for-a-cluster"),
+        pytest.param((80, 108, 163 * 1024, 1), "cooperative", id="no-clusters"),
+        pytest.param((75, 40, 64 * 1024, 1), "stepwise", id="too-old"),
+    ],
+)
+def test_the_next_kernel_serves_where_one_cannot(device: tuple[int, ...], kernel: str) -> None:
+    """On devices with less, forward and backward go by the plan."""
+    library = ctypes.CDLL(str(launcher_build.build()))
+    sizes = dict(zip(("sm", "sm_count", "smem_per_block", "max_cluster"), device, strict=True))
+    for backward in (False, True):
+        made = native.extension.plan_recurrence("gru", 64, 3, 1, "bfloat16", backward=backward, **sizes)  # type: ignore[union-attr]
+        assert made.kernel == kernel
+        assert bool(made.why_not) == (kernel == "stepwise")
+    take_launched(launcher_build.build())
+    library.seqattn_set_device(*device)
+    try:
+        # A persistent kernel starts, and finds that it reads memory the emulator hasn't handed out: torch has.
+        ends = (
+            contextlib.nullcontext() if kernel == "stepwise" else pytest.raises(RuntimeError, match="is in no buffer")
+        )
+        with ends:
+            agrees(KINDS["gru"], torch.bfloat16, (5, 3, 6, 64), lengths=[3, 0, 5], stepwise=False)
+    finally:
+        library.seqattn_set_device(*H200)
+    started = " ".join(take_launched(launcher_build.build()))
+    assert ("step_forward_kernel" in started) == (kernel == "stepwise")
+    assert ("persistent_forward_kernel" in started) == (kernel != "stepwise")
 
 
 def call(**changes: Any) -> Any:

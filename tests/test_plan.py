@@ -85,6 +85,41 @@ def test_no_clusters_where_there_are_none(cell: str, name: str) -> None:
 
 
 @cells
+@pytest.mark.parametrize("sm_count", [1, 7, 8, 15, 16, 31])
+def test_a_part_of_a_gpu_has_room_for_what_is_planned(cell: str, sm_count: int) -> None:
+    """Each cluster has a multiprocessor for every block, or another kernel serves and `why_not` says so."""
+    device = {**DEVICES["H200"], "sm_count": sm_count}
+    for made, *_ in every_plan(cell, device):
+        assert made.cluster <= sm_count
+    assert ("cluster" in {made.kernel for made, *_ in every_plan(cell, device)}) == (sm_count >= 8)
+    narrow = plan(cell, 512, 16, {**device, "smem_per_block": 99 * 1024})
+    if sm_count < 8:
+        assert narrow.kernel == "stepwise"
+        assert f"the device has no room for a cluster: it has {sm_count} multiprocessors" in narrow.why_not
+
+
+@cells
+@pytest.mark.parametrize("sm", [70, 75])
+def test_gpus_that_are_too_old(cell: str, sm: int) -> None:
+    device = {"sm": sm, "sm_count": 40, "smem_per_block": 64 * 1024, "max_cluster": 1}
+    assert not list(every_plan(cell, device))
+    said = plan(cell, 64, 4, device).why_not
+    assert said == "cluster: the device has no thread-block clusters; cooperative: needs compute capability 8.0"
+
+
+DECODER = {"cell": "gru", "dtype": "bfloat16", "source": 50, "hidden": 256, "attention": 256, "value": 256}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_decoders_need_clusters_of_sixteen(name: str) -> None:
+    said = native.extension.decoder_why_not(**DECODER, **DEVICES[name])  # type: ignore[union-attr]
+    served = DEVICES[name]["max_cluster"] >= 16
+    assert said == ("" if served else "the decoder's kernel needs clusters of 16 blocks (sm_90, sm_100)")
+    small = {**DEVICES[name], "smem_per_block": 48 * 1024}
+    assert native.extension.decoder_why_not(**DECODER, **small) != ""  # type: ignore[union-attr]
+
+
+@cells
 @pytest.mark.parametrize("name", ["H200", "B200"])
 @pytest.mark.parametrize("dtype", PERSISTENT_DTYPES)
 @pytest.mark.parametrize("backward", [False, True])

@@ -102,6 +102,21 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert backends.choose(backends.RECURRENCE, request(extras="lengths=")) == "reference"
 
 
+def test_attention_and_decoders_of_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_capabilities", {0: (7, 5)})
+    monkeypatch.setattr(ops.attention_cuda, "why_not", lambda: None)
+    device = torch.device("cuda", 0)
+    attention = backends.AttentionRequest(device, torch.bfloat16)
+    assert backends.choose(backends.ATTENTION, attention) == "reference"
+    with pytest.raises(RuntimeError, match=r"the Triton kernels need compute capability 8\.0, got 7\.5"):
+        backends.choose(backends.ATTENTION, attention, "triton")
+    reason = "the decoder's kernel needs clusters of 16 blocks (sm_90, sm_100)"
+    decoder = backends.DecoderRequest(device, torch.bfloat16, None, None, cuda_unserved=reason)
+    assert backends.choose(backends.DECODER, decoder) == "composed"
+    with pytest.raises(RuntimeError, match="needs clusters of 16 blocks"):
+        backends.choose(backends.DECODER, decoder, "cuda")
+
+
 def test_torch_compile_reads_the_rules_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thresholds, "_known", {})
     monkeypatch.setattr(thresholds, "rules", lambda gpu: (RULE,))

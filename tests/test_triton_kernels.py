@@ -25,8 +25,9 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)
 
 
-def test_under_the_interpreter(request):
-    done = interpret(*(["--slow"] if request.config.getoption("--slow") else []))
+@pytest.mark.parametrize("part", ["0/3", "1/3", "2/3"])
+def test_under_the_interpreter(request, part):
+    done = interpret("--shard", part, *(["--slow"] if request.config.getoption("--slow") else []))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout
 

@@ -253,6 +253,7 @@ def test_what_some_queries_see_stays_with_them(T, value, added):
     for name, (ours, theirs, first) in zip(GRADIENTS, sound, strict=False):
         assert_close_to_float64(ours[:, first:], theirs[:, first:], names=[name])
     assert not found[0][:, :queries].isfinite().any()
+    assert (found[1][~mask] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 17, 9, 130), (1, 1, 1, 1), (2, 3, 0, 4), (0, 3, 5, 4)], ids=str)

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "attention_problem.h"
+#include "attention_products.h"
 
 namespace seqattn {
 namespace {
@@ -97,8 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& query, const Tensor
   if (d_context) {
     check_tensor("d_context", dense(*d_context), kScalarType<T>, problem.per_query(args.D));
     const Tensor dc = problem.three(*d_context);
-    d_scores = torch::stable::matmul(dc, torch::stable::transpose(*problem.values, 1, 2));
-    if (need_values) d_values = torch::stable::matmul(torch::stable::transpose(problem.three(weights), 1, 2), dc);
+    d_scores = product(dc, torch::stable::transpose(*problem.values, 1, 2));
+    if (need_values) {
+      const Tensor by_key = torch::stable::transpose(problem.three(weights), 1, 2);
+      d_values = problem.masks ? contained_product<T>(by_key, dc) : product(by_key, dc);
+    }
   } else {
     d_scores = problem.empty({B, T_, S});
     if (need_values) d_values = torch::stable::new_zeros(query, {B, S, args.D});

@@ -6,6 +6,12 @@
 namespace seqattn::SEQATTN_ISA {
 namespace {
 
+template <class T>
+SEQATTN_INLINE bool attends(const AttentionArgs<T>& args, int64_t b, int64_t t, int64_t s) {
+  const int64_t at = b * args.mask_b + t * args.mask_t + s;
+  return args.mask_bool ? args.mask_bool[at] != 0 : args.mask_add[at] != -kInfinity<T>;
+}
+
 // Masked softmax of one row, in place, of round_up(length, 16) scores; zeros where nothing is attended to.
 template <class T>
 void softmax_row(const AttentionArgs<T>& args, int64_t b, int64_t t, T* row) {
@@ -48,6 +54,10 @@ void softmax_row(const AttentionArgs<T>& args, int64_t b, int64_t t, T* row) {
     }
     const Vec<T> total = sum_all<T>(sum);
     for (int64_t s = 0; s < padded; s += W) store(row + s, load(row + s) / total);
+    if (total[0] != total[0] && (args.mask_bool || args.mask_add)) {
+      // A NaN among the keys this query sees gives those it doesn't see no weight: theirs is the NaN of 0 / NaN.
+      for (int64_t s = 0; s < length; ++s) row[s] = attends(args, b, t, s) ? row[s] : T(0);
+    }
   }
   if (weights) {
     int64_t s = 0;
@@ -121,12 +131,6 @@ int64_t list_weighted(const T* weights, int64_t ld, int64_t rows, int64_t length
     count += any;
   }
   return count;
-}
-
-template <class T>
-SEQATTN_INLINE bool attends(const AttentionArgs<T>& args, int64_t b, int64_t t, int64_t s) {
-  const int64_t at = b * args.mask_b + t * args.mask_t + s;
-  return args.mask_bool ? args.mask_bool[at] != 0 : args.mask_add[at] != -kInfinity<T>;
 }
 
 // Lists the keys that some of `rows` queries from t0 attend to; a value that none of them does may be anything.

@@ -99,7 +99,9 @@ void weight_gradients(const PoolingArgs<T>& args, int64_t begin, int64_t end) {
       for (int64_t d = 0; d < D; d += W) {
         Vec<T> sum{};
         for (int64_t r = 0; args.d_context && r < R; ++r) {
-          sum += attention.weights[(b * R + r) * S + s] * load_partial(args.d_context + (b * R + r) * D + d, D - d);
+          const T w = attention.weights[(b * R + r) * S + s];
+          if (w == 0) continue;  // then a gradient of the context that is NaN is none of this value's
+          sum += w * load_partial(args.d_context + (b * R + r) * D + d, D - d);
         }
         store_partial(args.d_values + (b * S + s) * D + d, sum, D - d);
       }
@@ -143,6 +145,7 @@ void gradients(const PoolingArgs<T>& args, int64_t begin, int64_t end, T* scratc
             Vec<T> g = i < used ? load(d_rows + i * linear.input_width() + k) : Vec<T>{};
             for (int64_t r = 0; args.same && args.d_context && i < used && r < R; ++r) {
               const T w = attention.weights[(b * R + r) * S + first + i];
+              if (w == 0) continue;
               g += w * load_partial(args.d_context + (b * R + r) * K + k, K - k);
             }
             store_partial(linear.d_input + at + k, g, K - k);

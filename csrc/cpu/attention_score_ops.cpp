@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "attention_location_kernels.h"
-#include "attention_problem.h"
+#include "attention_products.h"
 
 namespace seqattn {
 namespace {
@@ -139,10 +139,14 @@ template <class T>
 void feature_gradients(const Location<T>& location, const Tensor& features, const Tensor& d_sums, Tensor* d_features,
                        Tensor* d_weight) {
   const auto& args = location.args;
-  *d_features = torch::stable::matmul(d_sums, torch::stable::transpose(location.weight, 0, 1));
-  const Tensor flat = torch::stable::reshape(features, {args.B * args.S, args.F});
-  *d_weight = torch::stable::matmul(torch::stable::transpose(flat, 0, 1),
-                                    torch::stable::reshape(d_sums, {args.B * args.S, args.A}));
+  const int64_t rows = args.B * args.S;
+  const Tensor by_row = torch::stable::reshape(d_sums, {1, rows, args.A}),
+               flat = torch::stable::reshape(features, {1, rows, args.F}),
+               weight = torch::stable::unsqueeze(location.weight, 0);
+  *d_features = torch::stable::reshape(product(by_row, torch::stable::transpose(weight, 1, 2)), {rows, args.F});
+  // A feature of a key that is hidden may be anything.
+  const Tensor by_column = contained_product<T>(torch::stable::transpose(by_row, 1, 2), flat);
+  *d_weight = torch::stable::contiguous(torch::stable::transpose(torch::stable::squeeze(by_column, 0), 0, 1));
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -225,8 +229,6 @@ Gradients bwd(const Tensor& d_scores_, const Tensor& query, const Tensor& keys, 
 template <class T>
 Tensor context(const Tensor& weights_, const Tensor& values_) {
   const Tensor weights = dense(weights_), values = dense(values_);
-  check_tensor("weights", weights, kScalarType<T>, {-1, -1, -1});
-  check_tensor("values", values, kScalarType<T>, {weights.size(0), weights.size(2), -1});
   AttentionArgs<T> args{};
   args.B = weights.size(0);
   args.T_ = weights.size(1);
@@ -255,7 +257,29 @@ Tensor context(const Tensor& weights_, const Tensor& values_) {
 }
 
 Tensor context_fwd_cpu(Tensor weights, Tensor values) {
-  return by_type(weights, [&](auto zero) { return context<decltype(zero)>(weights, values); });
+  const ScalarType type = weights.scalar_type();
+  if (weights.dim() != 3) fail("weights: expected [B, T, S], got ", shape_of(weights));
+  if (values.dim() != 3 || values.size(0) != weights.size(0) || values.size(1) != weights.size(2)) {
+    fail("values: expected [B, S, D] with B=", weights.size(0), ", S=", weights.size(2), ", got ", shape_of(values));
+  }
+  if (values.scalar_type() != type || !values.is_cpu()) {
+    fail("values: expected a CPU tensor of the dtype of weights, got another one");
+  }
+  switch (type) {
+    case ScalarType::Half:
+      return contained_product<torch::headeronly::Half>(weights, values);
+    case ScalarType::BFloat16:
+      return contained_product<torch::headeronly::BFloat16>(weights, values);
+    case ScalarType::Float:
+    case ScalarType::Double:
+      return by_type(weights, [&](auto zero) {
+        using T = decltype(zero);
+        // The kernel reads only what has weight, and weights row by row.
+        return weights.is_contiguous() ? context<T>(weights, values) : contained_product<T>(weights, values);
+      });
+    default:
+      fail("weights: expected float32, float64, bfloat16 or float16");
+  }
 }
 
 Tensor scores_fwd_cpu(int64_t kind, Tensor query, Tensor keys, MaybeTensor v, MaybeTensor features,

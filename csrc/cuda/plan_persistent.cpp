@@ -64,11 +64,17 @@ std::string too_large(const PlanRequest& request, const char* who, int largest) 
 
 Plan plan_cluster(const PlanRequest& request, const Device& device) {
   if (device.max_cluster < 2) return refused("the device has no thread-block clusters");
+  // A part of a GPU (MIG) has clusters, and may have too few multiprocessors for one.
+  if (device.sm_count < kClusterSizes[0].blocks) {
+    return refused("the device has no room for a cluster: it has " + std::to_string(device.sm_count) +
+                   " multiprocessors");
+  }
   if (request.dtype == DType::kFloat32 && !request.allow_tf32) return refused(kNeedsTf32);
   int largest = 0;
   for (const TeamSize& size : kClusterSizes) {
     const TeamShape shape = shape_of(request, size, false);
-    if (size.blocks > device.max_cluster || !shape.fits(device.smem_per_block)) continue;
+    const int room = std::min(device.max_cluster, device.sm_count);
+    if (size.blocks > room || !shape.fits(device.smem_per_block)) continue;
     largest = size.padded;
     if (size.padded < request.hidden) continue;
     const int teams = std::max(1, device.sm_count / size.blocks / request.directions);

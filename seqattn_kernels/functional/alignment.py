@@ -182,6 +182,9 @@ def monotonic_attention(
     by_reference = choose_backend(choose, backend) == "reference"
     align = alignment.monotonic_alignment if by_reference else ops.alignment.monotonic
     weights = align(choose, previous.to(choose.dtype))
+    if attend_to is not None:
+        # A key that is NaN makes the probability of coming by all later ones NaN; hidden ones still have no weight.
+        weights = weights.masked_fill(~attend_to, 0)
     context = context_of(weights.to(values.dtype), values, lengths, mask, weighting_of(None))
     return finish(context, weights if need_weights else None, single, dtype)
 

@@ -126,8 +126,9 @@ def additive_attention(
     Returns:
         context [B, D] or [B, T, D], and weights [B, S] or [B, T, S] (differentiable). A query that may attend to
         nothing (length 0, all masked, S = 0) gets zero weights and a zero context. What stands at positions no query
-        attends to, NaN included, changes nothing. float32 and float64 compute in their own precision, bfloat16 and
-        float16 in float32; results have the dtype of the query.
+        attends to, NaN included, changes nothing; at positions that one query doesn't attend to, nothing of that
+        query's, nor gradients through it (of the backend "reference" only the first holds). float32 and float64 compute
+        in their own precision, bfloat16 and float16 in float32; results have the dtype of the query.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or type; the message names it.
@@ -338,6 +339,7 @@ def concat_attention(
             f"weight: expected [A, Q + K] with Q={width} (from query), K={keys.shape[2]} (from keys), "
             f"got {list(weight.shape)}"
         )
+    expect_devices(query, keys=keys, weight=weight)
     lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     keys = attended_keys(keys, lengths, mask)
     return additive_attention(

@@ -66,6 +66,8 @@ def _absolute(lengths: Tensor, batch: int, source: int, device: torch.device) ->
         raise TypeError(f"lengths: expected an integer dtype, or fractions of S, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected [B] with B={batch} (from keys), got {list(lengths.shape)}")
+    if lengths.is_meta and device.type != "meta":
+        raise ValueError(f"lengths: expected values, as on {device}, got the device meta, which has none")
     # Values are looked at where that needs no wait for a device.
     visible = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     if relative:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from seqattn_kernels.functional.arguments import expect_devices, expect_floats, expect_rank, explain_shapes
 from seqattn_kernels.functional.attention import finish
 from seqattn_kernels.functional.masks import attended_keys, resolve_masks
-from seqattn_kernels.functional.weighting import Weighting, context_of, weigh, weighting_of
+from seqattn_kernels.functional.weighting import Weighting, context_of, products_of, weigh, weighting_of
 
 
 def dot_attention(
@@ -62,11 +62,7 @@ def dot_attention(
         context = F.scaled_dot_product_attention(*heads, scale=factor).squeeze(1)
     else:
         chosen = weighting_of(weighting)
-        clean = attended_keys(keys, lengths, mask)
-        if factor == 1.0:
-            scores = torch.bmm(query, clean.transpose(1, 2))
-        else:
-            scores = torch.baddbmm(query.new_empty(()), query, clean.transpose(1, 2), beta=0, alpha=factor)
+        scores = products_of(query, keys, lengths, mask, factor)
         if plain:
             weights = scores.softmax(-1)
             context = torch.bmm(weights, values)
@@ -117,6 +113,7 @@ def general_attention(
     if query.shape[0] != keys.shape[0]:
         raise ValueError(f"keys: expected [B, S, K] with B={query.shape[0]} (from query), got {list(keys.shape)}")
     values = keys if values is None else values
+    expect_devices(query, keys=keys, weight=weight)
     if lengths is not None or mask is not None or causal:
         lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     steps = query.shape[1] if query.dim() == 3 else 1
@@ -158,6 +155,7 @@ def cosine_attention(
     expect_rank("keys", keys, "[B, S, K]", 3)
     if query.shape[0] != keys.shape[0] or query.shape[-1] != keys.shape[2]:
         explain_shapes(query, keys, values)
+    expect_devices(query, keys=keys)
     if lengths is not None or mask is not None or causal:
         lengths, mask = resolve_masks(query, keys, lengths, mask, mask_polarity, causal)
     direction = F.normalize(query, dim=-1, eps=eps)

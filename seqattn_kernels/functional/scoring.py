@@ -12,6 +12,7 @@ from seqattn_kernels.functional.weighting import (
     choose_backend,
     computed_wide,
     context_of,
+    products_of,
     weigh,
 )
 from seqattn_kernels.reference.attention import SCORES, attended, without_unattended
@@ -40,8 +41,7 @@ def scores_of(
 ) -> Tensor:
     """Scores [B, T, S]; those of keys no query attends to are arbitrary numbers, whatever stands in such keys."""
     if kind == "dot":
-        clean = without_unattended(keys, attended(keys, lengths, mask))
-        return torch.bmm(query, clean.transpose(1, 2))
+        return products_of(query, keys, lengths, mask)
     if score_backend(kind, query, backend) == "reference":
         clean = without_unattended(keys, attended(keys, lengths, mask))
         extra = () if features is None else (features, feature_weight)

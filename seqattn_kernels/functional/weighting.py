@@ -139,6 +139,15 @@ def weigh(
     return weights if weights.dtype == dtype else weights.to(dtype)
 
 
+def products_of(
+    query: Tensor, keys: Tensor, lengths: Tensor | None, mask: Tensor | None, factor: float = 1.0
+) -> Tensor:
+    """Scores [B, T, S], ``factor * query @ keys^T``: arbitrary numbers where the masks hide a key, as it may be one."""
+    if (lengths is None and mask is None) or choose_backend(keys) == "reference":
+        return ops.scores.plain_product(query, without_unattended(keys, attended(keys, lengths, mask)), factor)
+    return ops.scores.product(query, keys, factor)
+
+
 def context_of(
     weights: Tensor, values: Tensor, lengths: Tensor | None, mask: Tensor | None, weighting: Weighting
 ) -> Tensor:
@@ -147,8 +156,7 @@ def context_of(
     dropped = dropped if dropped.dtype == values.dtype else dropped.to(values.dtype)
     if lengths is None and mask is None:
         return torch.bmm(dropped, values)
-    name = choose_backend(values)
-    if name == "triton" or (name == "cpu" and values.dtype in WIDE):
+    if choose_backend(values) != "reference":
         return ops.scores.context(dropped, values)
     attend = attended(values, lengths, mask)
     if weighting.fill != -math.inf or weighting.empty_rows == "eager":

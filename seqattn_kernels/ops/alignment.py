@@ -8,14 +8,15 @@ from torch import Tensor
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::monotonic_fwd")
+    @register_fake("seqattn::monotonic_fwd")
     def _(choose, previous):
         return choose.new_empty(choose.shape)
 
-    @torch.library.register_fake("seqattn::monotonic_bwd")
+    @register_fake("seqattn::monotonic_bwd")
     def _(choose, previous, weights, d_weights):
         return choose.new_empty(choose.shape), choose.new_empty(previous.shape)
 

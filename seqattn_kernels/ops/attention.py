@@ -11,18 +11,19 @@ from torch import Tensor
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 _KEY_BLOCK = 16
 _COLUMN_GROUP = 4
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::additive_fwd")
+    @register_fake("seqattn::additive_fwd")
     def _(query, keys, packed, values, v, lengths, mask, need_weights):
         context = query.new_empty(*query.shape[:-1], values.shape[2])
         return context, query.new_empty(*query.shape[:-1], keys.shape[1]) if need_weights else query.new_empty(0)
 
-    @torch.library.register_fake("seqattn::additive_bwd")
+    @register_fake("seqattn::additive_bwd")
     def _(query, keys, values, v, weights, d_context, d_weights, lengths, mask, need_values):
         empty = query.new_empty
         return (
@@ -32,7 +33,7 @@ def _register_fakes() -> None:
             empty(v.shape),
         )
 
-    @torch.library.register_fake("seqattn::additive_pack")
+    @register_fake("seqattn::additive_pack")
     def _(keys):
         batch, source, width = keys.shape
         rows = (width + _COLUMN_GROUP - 1) // _COLUMN_GROUP * _COLUMN_GROUP + 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops.autograd import apply_function, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 from seqattn_kernels.ops.recurrence import _NUMBER, _SAVED, CELLS, _padded
 from seqattn_kernels.reference.decoder import ACTIVATIONS, HISTORIES, ORDERS, SCORES, Spec
 
@@ -80,7 +81,7 @@ def _forward(
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::decoder_fwd")
+    @register_fake("seqattn::decoder_fwd")
     def _(
         cell, options, scale, input, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0, weights,
         has_bias, w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, packed, owners,
@@ -98,7 +99,7 @@ def _register_fakes() -> None:
             empty(layers, batch, steps, _SAVED[CELLS[cell]] * _padded(hidden)) if save else empty(0),
         )
 
-    @torch.library.register_fake("seqattn::decoder_generate")
+    @register_fake("seqattn::decoder_generate")
     def _(
         cell, options, scale, embedding, keys, packed_keys, values, lengths, mask, h0, c0, context0, attentional0,
         weights, has_bias, w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, packed,
@@ -112,7 +113,7 @@ def _register_fakes() -> None:
             embedding.new_empty(batch, max_length, keys.shape[1]),
         )
 
-    @torch.library.register_fake("seqattn::decoder_bwd")
+    @register_fake("seqattn::decoder_bwd")
     def _(
         cell, options, scale, input, keys, values, lengths, mask, h0, c0, context0, attentional0, weights, has_bias,
         w_query, b_query, v, w_output, b_output, history0, w_conv, w_feature, fertility, hidden, contexts, found,
@@ -124,7 +125,7 @@ def _register_fakes() -> None:
         ]  # fmt: skip
         return [input.new_empty(0 if t is None else t.shape) for t in found]
 
-    @torch.library.register_fake("seqattn::decoder_pack")
+    @register_fake("seqattn::decoder_pack")
     def _(cell, weights, has_bias, w_query, b_query, w_output, b_output, w_conv, w_feature):
         hidden, each = weights[1].shape[1], 4 if has_bias else 2
         gates = reference.recurrence.GATES[CELLS[cell]]

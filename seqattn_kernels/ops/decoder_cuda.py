@@ -17,13 +17,14 @@ from seqattn_kernels import native
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, needs_gradients
 from seqattn_kernels.ops.decoder import Tensors, _reference_gradients
+from seqattn_kernels.ops.fakes import register_fake
 from seqattn_kernels.ops.recurrence import _KEPT, _NUMBER, CELLS
 from seqattn_kernels.ops.scores import score_number
 from seqattn_kernels.reference.decoder import Spec
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::decoder_loop")
+    @register_fake("seqattn::decoder_loop")
     def _(cell, x_gates, w_hh, w_context, b_ih, b_hh, w_query, b_query, v, keys, values, lengths, mask, h0, c0, save):
         batch, steps = x_gates.shape[:2]
         hidden, empty, has_cell = w_hh.shape[1], x_gates.new_empty, CELLS[cell] == "lstm"
@@ -37,7 +38,7 @@ def _register_fakes() -> None:
             empty(batch, steps, hidden, dtype=torch.float32) if save and has_cell else empty(0, dtype=torch.float32),
         )
 
-    @torch.library.register_fake("seqattn::decoder_loop_bwd")
+    @register_fake("seqattn::decoder_loop_bwd")
     def _(
         cell, w_recurrent, w_context, v, keys, values, lengths, h0, c0, output, weights, queries, saved, cells,
         d_output, d_cn, d_contexts, d_weights,

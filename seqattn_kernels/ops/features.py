@@ -8,16 +8,17 @@ from torch import Tensor
 from seqattn_kernels import reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::feature_fwd")
+    @register_fake("seqattn::feature_fwd")
     def _(input, weight, bias, lengths, mask, reduce, keep):
         batch, _, width = input.shape
         empty = input.new_empty
         return empty((batch, width) if reduce else input.shape), empty(input.shape), empty(input.shape if keep else 0)
 
-    @torch.library.register_fake("seqattn::feature_bwd")
+    @register_fake("seqattn::feature_bwd")
     def _(input, weight, bias, weights, tangents, d_result, d_weights, lengths, mask, reduce, need_input):
         empty = input.new_empty
         return empty(input.shape if need_input else 0), empty(weight.shape), empty(0 if bias is None else bias.shape)

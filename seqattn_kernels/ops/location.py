@@ -7,11 +7,12 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 from seqattn_kernels.ops.scores import score_number
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::location_fwd")
+    @register_fake("seqattn::location_fwd")
     def _(query, keys, v, history, conv_weight, feature_weight, lengths):
         return query.new_empty(*query.shape[:-1], keys.shape[1])
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::pooling_fwd")
+    @register_fake("seqattn::pooling_fwd")
     def _(input, weight, bias, v, values, lengths, mask, keep):
         batch, source, width = input.shape
         rows, empty = v.shape[:-1], input.new_empty
@@ -22,7 +23,7 @@ def _register_fakes() -> None:
             empty((batch, source, weight.shape[0]) if keep else 0),
         )
 
-    @torch.library.register_fake("seqattn::pooling_bwd")
+    @register_fake("seqattn::pooling_bwd")
     def _(
         input, weight, bias, v, values, weights, tangents, d_context, d_weights, lengths, mask, need_input, need_values
     ):
@@ -37,11 +38,11 @@ def _register_fakes() -> None:
 
 
 def _register_row_fakes() -> None:
-    @torch.library.register_fake("seqattn::pool_fwd")
+    @register_fake("seqattn::pool_fwd")
     def _(inner, v):
         return inner.new_empty(inner.shape[0], v.shape[0], inner.shape[1])
 
-    @torch.library.register_fake("seqattn::pool_bwd")
+    @register_fake("seqattn::pool_bwd")
     def _(d_scores, inner, v):
         return inner.new_empty(inner.shape), v.new_empty(v.shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops.autograd import apply_function, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 from seqattn_kernels.reference.recurrence import BATCH_FIRST, PACKED
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # the order of csrc/cells/registry.h
@@ -47,7 +48,7 @@ def _geometry(cell: str, input: Tensor, layout: int, sizes: Tensor | None, weigh
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::recurrence_fwd")
+    @register_fake("seqattn::recurrence_fwd")
     def _(
         cell, input, sizes, layout, h0, c0, weights, packed, has_bias, save, cell_states, allow_tf32=False,
         stepwise=False,
@@ -76,7 +77,7 @@ def _register_fakes() -> None:
             reserve,
         )
 
-    @torch.library.register_fake("seqattn::recurrence_bwd")
+    @register_fake("seqattn::recurrence_bwd")
     def _(
         cell, input, sizes, layout, h0, c0, weights, has_bias, reserve, d_output, d_hn, d_cn, d_cell_states,
         need_input, need_weights, allow_tf32=False, stepwise=False,
@@ -89,7 +90,7 @@ def _register_fakes() -> None:
             [torch.empty_like(w) for w in weights] if need_weights else [],
         )
 
-    @torch.library.register_fake("seqattn::cell_fwd")
+    @register_fake("seqattn::cell_fwd")
     def _(cell, input, h, c, weights, packed, has_bias, save):
         batch, hidden, name = input.shape[0], weights[1].shape[1], CELLS[cell]
         columns = [hidden, hidden] if name == "lstm" else [hidden]
@@ -101,12 +102,12 @@ def _register_fakes() -> None:
             results.append(input.new_empty(size, dtype=torch.uint8))
         return results
 
-    @torch.library.register_fake("seqattn::cell_bwd")
+    @register_fake("seqattn::cell_bwd")
     def _(cell, input, h, c, weights, has_bias, reserve, d_h, d_c, need_input, need_weights):
         inputs = [input if need_input else None, h, c, *(weights if need_weights else ())]
         return [torch.empty_like(t) for t in inputs if t is not None]
 
-    @torch.library.register_fake("seqattn::recurrence_pack")
+    @register_fake("seqattn::recurrence_pack")
     def _(cell, weights, has_bias, bfloat16=False):
         D, hidden, output = _geometry(CELLS[cell], weights[0], 0, None, weights, has_bias)
         gates = reference.recurrence.GATES[CELLS[cell]]

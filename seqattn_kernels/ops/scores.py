@@ -15,29 +15,30 @@ from torch import Tensor
 from seqattn_kernels import native, reference
 from seqattn_kernels.ops import attention_cuda
 from seqattn_kernels.ops.autograd import apply_function, differentiate_again, needs_gradients
+from seqattn_kernels.ops.fakes import register_fake
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("seqattn::scores_fwd")
+    @register_fake("seqattn::scores_fwd")
     def _(kind, query, keys, v, features, feature_weight, lengths):
         return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
-    @torch.library.register_fake("seqattn::scores_bwd")
+    @register_fake("seqattn::scores_bwd")
     def _(kind, d_scores, query, keys, v, features, feature_weight, lengths):
         return tuple(
             query.new_empty(0) if t is None else query.new_empty(t.shape)
             for t in (query, keys, v, features, feature_weight)
         )
 
-    @torch.library.register_fake("seqattn::normalize_fwd")
+    @register_fake("seqattn::normalize_fwd")
     def _(kind, scores, lengths, mask, scale, temperature, fill, zero_empty):
         return scores.new_empty(scores.shape)
 
-    @torch.library.register_fake("seqattn::normalize_bwd")
+    @register_fake("seqattn::normalize_bwd")
     def _(kind, d_weights, weights, lengths, mask, factor):
         return weights.new_empty(weights.shape)
 
-    @torch.library.register_fake("seqattn::context_fwd")
+    @register_fake("seqattn::context_fwd")
     def _(weights, values):
         return values.new_empty(weights.shape[0], weights.shape[1], values.shape[2])
 
@@ -210,7 +211,7 @@ def normalize(
 
 
 class ContextFunction(torch.autograd.Function):
-    """Weights times values, with gradients; what has no weight has no part in either."""
+    """Weights times values, with gradients; what has no weight has no part in either. See `context`."""
 
     generate_vmap_rule = True
 
@@ -227,17 +228,63 @@ class ContextFunction(torch.autograd.Function):
         weights, values = ctx.saved_tensors
         d_weights = d_values = None
         if ctx.needs_input_grad[0]:
-            d_weights = torch.bmm(d_context, values.transpose(1, 2)).masked_fill(weights == 0, 0)
+            d_weights = product(d_context, values).masked_fill(weights == 0, 0)
         if ctx.needs_input_grad[1]:
-            d_values = torch.bmm(weights.transpose(1, 2), d_context)
+            d_values = context(weights.transpose(1, 2), d_context)
         return d_weights, d_values
 
 
 def context(weights: Tensor, values: Tensor) -> Tensor:
-    """The native operator: weights [B, T, S] times values [B, S, D], of one dtype; on the CPU float32 or float64.
+    """The native operator: weights [B, T, S] times values [B, S, D], of one dtype.
 
-    Values of keys without weight may be anything, NaN included.
+    Values of keys without weight may be anything, NaN included: they add nothing to the result, nor a row's gradient
+    to theirs.
     """
     if needs_gradients(weights, values):
         return apply_function(ContextFunction, weights, values)
     return torch.ops.seqattn.context_fwd.default(weights, values)
+
+
+class ProductFunction(torch.autograd.Function):
+    """Scores that are products, with gradients. A score without a gradient has no part in those of query and key."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, keys, factor):
+        return plain_product(query, keys, factor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.factor = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, d_scores):
+        query, keys = ctx.saved_tensors
+        if ctx.factor != 1:
+            d_scores = d_scores * ctx.factor
+        d_query = d_keys = None
+        if ctx.needs_input_grad[0]:
+            d_query = context(d_scores.to(keys.dtype), keys).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            d_keys = context(d_scores.to(query.dtype).transpose(1, 2), query).to(keys.dtype)
+        return d_query, d_keys, None
+
+
+def plain_product(query: Tensor, keys: Tensor, factor: float) -> Tensor:
+    """`product` where nothing is hidden, as torch differentiates it."""
+    if factor == 1:
+        return torch.bmm(query, keys.transpose(1, 2))
+    return torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=factor)
+
+
+def product(query: Tensor, keys: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor * query @ keys^T`` [B, T, S] of query [B, T, K] and keys [B, S, K], by torch's product.
+
+    Where the gradient of a score is 0, as a mask leaves it, query and key may be anything. `context` and this are each
+    other's derivatives.
+    """
+    if needs_gradients(query, keys):
+        return apply_function(ProductFunction, query, keys, factor)
+    return plain_product(query, keys, factor)

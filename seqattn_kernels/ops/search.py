@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from seqattn_kernels import native
+from seqattn_kernels.ops.fakes import register_fake
 
 Grown = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _DTYPES = (torch.float32, torch.float64)
 
 if native.extension is not None:
 
-    @torch.library.register_fake("seqattn::beam_grow")
+    @register_fake("seqattn::beam_grow")
     def _(log_probs, scores, end):
         number = torch.empty_like(scores, dtype=torch.long)
         return torch.empty_like(scores), number, number.clone(), torch.empty_like(scores), number.clone()
