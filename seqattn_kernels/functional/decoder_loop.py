@@ -202,9 +202,14 @@ Feed = Callable[[Tensor], Tensor]  # outputs of a step [B, M or H] -> inputs of 
 
 def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
     """One step from cells and attention: input [B, I] -> output [B, M or H], the state after it."""
-    spec = decoder.spec
-    h = list(state.h.unbind(0))
-    c: list[Any] = [None] * len(h) if state.c is None else list(state.c.unbind(0))
+    spec, layers = decoder.spec, decoder.layers
+    one = len(layers) == 1
+
+    def each(t: Tensor) -> list[Any]:
+        return [t.squeeze(0)] if one else list(t.unbind(0))  # the gradient of unbind is a kernel, of squeeze a view
+
+    h = each(state.h)
+    c: list[Any] = [None] * len(h) if state.c is None else each(state.c)
     context, weights, attentional, history = state.context, state.weights, state.attentional, state.history
     if spec.order == "bahdanau":
         context, weights, history = decoder.look(h[-1], state)
@@ -215,7 +220,7 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
     }
     parts.pop(-1, None)
     below = input if len(parts) == 1 else torch.cat([parts[at] for at in sorted(parts)], 1)
-    for n, layer in enumerate(decoder.layers):
+    for n, layer in enumerate(layers):
         h_new, c_new = decoder.update(layer, below, h[n], c[n])
         h_new = decoder.keep(h_new, h[n])
         if c_new is not None:
@@ -240,7 +245,6 @@ def step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, 
         if decoder.output_dropout:
             output = F.dropout(output, decoder.output_dropout)
         attentional = output
-    one = len(h) == 1
     new = DecoderState(
         h[0].unsqueeze(0) if one else torch.stack(h),
         None if state.c is None else c[0].unsqueeze(0) if one else torch.stack(c),
