@@ -91,12 +91,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "decoder_why_not",
       [](const std::string& cell, const std::string& dtype, int64_t source, int64_t hidden, int64_t attention,
-         int64_t value, int sm, int sm_count, int smem_per_block, int max_cluster) {
-        return seqattn::gpu::decoder_why_not(
-            {seqattn::gpu::cell_number(cell), seqattn::gpu::dtype_number(dtype), source, hidden, attention, value},
-            {sm, sm_count, smem_per_block, max_cluster});
+         int64_t value, int sm, int sm_count, int smem_per_block, int max_cluster, int64_t filters, int64_t channels,
+         int64_t window) {
+        return seqattn::gpu::decoder_why_not({seqattn::gpu::cell_number(cell), seqattn::gpu::dtype_number(dtype),
+                                              source, hidden, attention, value, filters, channels, window},
+                                             {sm, sm_count, smem_per_block, max_cluster});
       },
       py::arg("cell"), py::arg("dtype"), py::arg("source"), py::arg("hidden"), py::arg("attention"), py::arg("value"),
-      py::arg("sm"), py::arg("sm_count"), py::arg("smem_per_block"), py::arg("max_cluster"),
-      "Why no cluster of this device can run an attentional decoder of S, H, A and D; empty where one can.");
+      py::arg("sm"), py::arg("sm_count"), py::arg("smem_per_block"), py::arg("max_cluster"), py::arg("filters") = 0,
+      py::arg("channels") = 0, py::arg("window") = 0,
+      "Why no cluster of this device can run an attentional decoder of S, H, A and D, with a convolution [F, C, W] of "
+      "earlier weights in its scores where F isn't 0; empty where one can.");
 }

@@ -94,10 +94,13 @@ STABLE_TORCH_LIBRARY(SEQATTN_LIBRARY, m) {
   // cuda/decoder.h). x_gates [B, T, G * H]; w_context [G * H, D], may be columns of a wider matrix; v, b_query float32.
   // Results: h of every step [B, T, H], last h, last c (empty where there is none), contexts [B, T, D], weights; with
   // `save`, what backward needs of every unit [B, T, H, kept] and c of every step in float32 [B, T, H], else empty.
+  // With w_conv [F, C, W], W odd, and w_feature [A, F], scores know of earlier weights; history: 1 the last, 2 the sum
+  // of all, 3 both, which are the C channels of history0 [B, C, S]; fertility [B, S]. Not with `save`.
   m.def(
       "decoder_loop(int cell, Tensor x_gates, Tensor w_hh, Tensor w_context, Tensor? b_ih, Tensor? b_hh, "
       "Tensor w_query, Tensor? b_query, Tensor v, Tensor keys, Tensor values, Tensor? lengths, Tensor? mask, "
-      "Tensor? h0, Tensor? c0, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? h0, Tensor? c0, bool save, int history=0, Tensor? history0=None, Tensor? w_conv=None, "
+      "Tensor? w_feature=None, Tensor? fertility=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The chain in time of its gradients. w_recurrent [G * H + A, H] is W_hh above W_query, `queries` [B, T, A] q of
   // every step. Results: gradients of x_gates, of what w_recurrent makes of h [B, T, G * H + A], of the contexts, of
   // the scores (float32 [B, T, S]), of h0 and c0 (empty where these are not given).

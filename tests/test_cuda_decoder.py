@@ -73,6 +73,34 @@ def test_with_an_output(cell: str) -> None:
     assert_close_to_float64(case.run(BACKEND), case.oracle())
 
 
+HISTORIES: list[dict[str, Any]] = [
+    {"score": "location", "score_options": {"filters": 32, "kernel_size": 31}},
+    {"score": "location", "score_options": {"filters": 5, "kernel_size": 7, "cumulative": False}},
+    {"score": "coverage", "score_options": {"most_fertile": 3.0}},
+]
+
+
+@halves
+@pytest.mark.parametrize("options", HISTORIES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_scores_that_know_of_earlier_weights(
+    cell: str, size: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Results alone: the kernel has no gradients of them; the rest of the steps from the state of the first."""
+    case = Case(cell, dtype, size, **options)
+    input, *memory = case.leaves
+    with torch.no_grad():
+        first = case.decoder(input[:, :2], *memory, lengths=case.lengths, backend=BACKEND)
+        rest = case.decoder(input[:, 2:], state=first.state, backend=BACKEND)
+        chosen = case.decoder(input[:, :2], *memory, lengths=case.lengths)
+        found = [torch.cat([getattr(x, name) for x in (first, rest)], 1) for name in ("output", "weights", "contexts")]
+    assert torch.equal(first.output, chosen.output)
+    assert_close_to_float64(found, case.oracle()[0][:3])
+    with pytest.raises(RuntimeError, match="no gradients of scores that know"):
+        case.run(BACKEND)
+
+
 def test_chosen_in_training() -> None:
     """The same bits as when it is asked for by name."""
     case = Case("gru", torch.bfloat16, SIZES[1])

@@ -65,6 +65,8 @@ class Case:
         bias: bool = True,
         initial: bool = True,
         output: bool = False,
+        history: str = "none",
+        fertile: bool = False,
     ) -> None:
         (B, T, S), (H, A, D), I = shape, sizes, 5
         rows, scale = GATES[cell] * H, H**-0.5
@@ -72,7 +74,7 @@ class Case:
         def draw(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size) * scale).to(dtype).requires_grad_()
 
-        self.spec = Spec(cell=cell, has_bias=bias, context_at=I, output_hidden_at=D, activation="tanh")
+        self.spec = Spec(cell=cell, has_bias=bias, context_at=I, output_hidden_at=D, history=history)
         self.weights = [draw(rows, I + D, scale=scale), draw(rows, H, scale=scale)]
         self.weights += [draw(rows, scale=scale) for _ in range(2)] if bias else []
         self.t = Tensors(
@@ -89,6 +91,14 @@ class Case:
             w_output=draw(7, D + H, scale=scale) if output else None,
             b_output=draw(7) if output else None,
         )
+        if history != "none":
+            channels = 2 if history == "both" else 1
+            self.t = self.t._replace(
+                history0=draw(B, channels, S, scale=0.1),
+                w_conv=draw(3, channels, 5),
+                w_feature=draw(A, 3),
+                fertility=(torch.rand(B, S) + 0.5).to(dtype) if fertile else None,
+            )
 
     def inputs(self) -> list[Tensor]:
         return [x for x in (*self.t, *self.weights) if x is not None and x.requires_grad]
@@ -99,9 +109,7 @@ class Case:
     def oracle(self) -> tuple[list[Tensor], list[Tensor]]:
         """Results and what they depend on."""
         t, weights = Tensors(*(to_float64(x) for x in self.t)), to_float64(self.weights)
-        found = reference.decoder.attention_decoder(
-            self.spec, *t[:9], weights, t.w_query, t.b_query, t.v, t.w_output, t.b_output
-        )
+        found = reference.decoder.attention_decoder(self.spec, *t[:9], weights, *t[9:])
         inputs = [x for x in (*t, *weights) if x is not None and x.requires_grad]
         return [x for x in found if x is not None], inputs
 
@@ -143,6 +151,15 @@ PLACES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_places(place: str) -> None:
     Case("lstm", torch.float16, **PLACES[place]).agrees()
+
+
+@pytest.mark.parametrize(
+    ("history", "fertile"), [("last", False), ("sum", False), ("sum", True), ("both", False), ("both", True)]
+)
+def test_scores_that_know_of_earlier_weights(history: str, fertile: bool) -> None:
+    case = Case("gru", torch.bfloat16, lengths=[11, 4, 9], history=history, fertile=fertile, output=True)
+    with torch.no_grad():
+        assert_close_to_float64(case.run(), case.oracle()[0])
 
 
 @pytest.mark.parametrize("result", ["hidden", "c", "contexts", "weights", "last"])
@@ -288,3 +305,48 @@ def test_errors_name_the_argument(changes: dict[str, Any], said: str) -> None:
     torch.ops.seqattn_emulated.decoder_loop_bwd(*arguments.values())
     with pytest.raises(RuntimeError, match=said):
         torch.ops.seqattn_emulated.decoder_loop_bwd(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"save": True}, "save: expected false with a history"),
+        ({"history": 4}, r"history: expected 0 \(none\), 1 \(last\), 2 \(sum\) or 3 \(both\), got 4"),
+        ({"history": 0}, "history0, w_conv, w_feature, fertility: expected None with history=0"),
+        ({"w_conv": None}, "w_conv, w_feature: expected tensors with history=3, got None"),
+        ({"w_conv": torch.zeros(3, 1, 5, dtype=torch.float16)}, r"w_conv: expected \[F, C, W\] .* C=2"),
+        ({"w_conv": torch.zeros(3, 2, 4, dtype=torch.float16)}, "W odd"),
+        ({"w_conv": torch.zeros(3, 2, 5)}, "w_conv: expected float16, got float32"),
+        ({"w_feature": torch.zeros(16, 4, dtype=torch.float16)}, r"w_feature: expected shape \[16, 3\]"),
+        ({"history0": torch.zeros(3, 1, 11, dtype=torch.float16)}, r"history0: expected shape \[3, 2, 11\]"),
+        ({"fertility": torch.zeros(3, 10, dtype=torch.float16)}, r"fertility: expected shape \[3, 11\]"),
+    ],
+)
+def test_errors_of_a_history_name_the_argument(changes: dict[str, Any], said: str) -> None:
+    half = {"dtype": torch.float16}
+    arguments: dict[str, Any] = {
+        "cell": 3,
+        "x_gates": torch.zeros(3, 4, 96, **half),
+        "w_hh": torch.zeros(96, 24, **half),
+        "w_context": torch.zeros(96, 40, **half),
+        "b_ih": None,
+        "b_hh": None,
+        "w_query": torch.zeros(16, 24, **half),
+        "b_query": None,
+        "v": torch.zeros(16),
+        "keys": torch.zeros(3, 11, 16, **half),
+        "values": torch.zeros(3, 11, 40, **half),
+        "lengths": None,
+        "mask": None,
+        "h0": None,
+        "c0": None,
+        "save": False,
+        "history": 3,
+        "history0": torch.zeros(3, 2, 11, **half),
+        "w_conv": torch.zeros(3, 2, 5, **half),
+        "w_feature": torch.zeros(16, 3, **half),
+        "fertility": torch.ones(3, 11, **half),
+    }
+    torch.ops.seqattn_emulated.decoder_loop(*arguments.values())
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.seqattn_emulated.decoder_loop(*(arguments | changes).values())

@@ -30,10 +30,57 @@ int64_t check_context_weight(const Tensor& w, const Tensor& like, ScalarType typ
   return w.stride(0);
 }
 
+// Weights of a history as the kernel reads them; to be kept until it was launched.
+struct HistoryWeights {
+  Tensor conv, feature;
+};
+
+// What scores know of earlier weights, if they do; the rest of `a` is filled in.
+HistoryWeights take_history(DecoderForward& a, const Tensor& like, bool save, int64_t history,
+                            const OptionalTensor& history0, const OptionalTensor& w_conv,
+                            const OptionalTensor& w_feature, const OptionalTensor& fertility) {
+  const ScalarType type = like.scalar_type();
+  if (history < 0 || history > 3) fail("history: expected 0 (none), 1 (last), 2 (sum) or 3 (both), got ", history);
+  if (!history) {
+    if (history0 || w_conv || w_feature || fertility) {
+      fail("history0, w_conv, w_feature, fertility: expected None with history=0");
+    }
+    return {};
+  }
+  if (save) fail("save: expected false with a history, whose gradients the kernel doesn't have");
+  if (!w_conv || !w_feature) fail("w_conv, w_feature: expected tensors with history=", history, ", got None");
+  a.knows_last = history & 1;
+  a.knows_sum = history & 2;
+  a.channels = a.knows_last + a.knows_sum;
+  if (w_conv->dim() != 3) fail("w_conv: expected [F, C, W], got ", shape_of(*w_conv));
+  a.filters = w_conv->size(0);
+  a.window = w_conv->size(2);
+  if (a.filters < 1 || a.window % 2 == 0 || w_conv->size(1) != a.channels) {
+    fail("w_conv: expected [F, C, W] with F at least 1, C=", a.channels, " (from history) and W odd, got ",
+         shape_of(*w_conv));
+  }
+  check("w_conv", *w_conv, like, type, {a.filters, a.channels, a.window});
+  check("w_feature", *w_feature, like, type, {a.attention, a.filters});
+  if (fertility && !a.knows_sum) fail("fertility: expected None without a sum of weights");
+  a.history0 = whole("history0", history0, like, type, {a.batch, a.channels, a.source});
+  a.fertility = whole("fertility", fertility, like, type, {a.batch, a.source});
+  HistoryWeights prepared{
+      torch::stable::new_zeros(like, {a.filters, a.channels, (a.window + 3) / 4 * 4}),
+      torch::stable::new_empty(like, {a.filters, a.attention}),
+  };
+  Tensor taps = torch::stable::narrow(prepared.conv, 2, 0, a.window);
+  torch::stable::copy_(taps, *w_conv);
+  torch::stable::copy_(prepared.feature, torch::stable::transpose(*w_feature, 0, 1));
+  a.w_conv = prepared.conv.const_data_ptr();
+  a.w_feature = prepared.feature.const_data_ptr();
+  return prepared;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_cuda(
     int64_t number, Tensor x_gates, Tensor w_hh, Tensor w_context, OptionalTensor b_ih, OptionalTensor b_hh,
     Tensor w_query, OptionalTensor b_query, Tensor v, Tensor keys, Tensor values, OptionalTensor lengths,
-    OptionalTensor mask, OptionalTensor h0, OptionalTensor c0, bool save) {
+    OptionalTensor mask, OptionalTensor h0, OptionalTensor c0, bool save, int64_t history, OptionalTensor history0,
+    OptionalTensor w_conv, OptionalTensor w_feature, OptionalTensor fertility) {
   const CellInfo& cell = cell_info(number);
   const ScalarType type = x_gates.scalar_type();
   if (x_gates.dim() != 3 || keys.dim() != 3 || values.dim() != 3 || w_hh.dim() != 2) {
@@ -71,8 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decoder_loop_
   a.mask = whole<bool>("mask", mask, x_gates, ScalarType::Bool, {B, S});
   a.h0 = whole("h0", h0, x_gates, type, {B, H});
   a.c0 = whole("c0", c0, x_gates, type, {B, H});
+  const HistoryWeights prepared = take_history(a, x_gates, save, history, history0, w_conv, w_feature, fertility);
   const int64_t shared_limit = device_of(device).smem_per_block;
-  const std::string reason = decoder_why_not({a.cell, a.dtype, S, H, A, D}, device_of(device));
+  const std::string reason =
+      decoder_why_not({a.cell, a.dtype, S, H, A, D, a.filters, a.channels, a.window}, device_of(device));
   if (!reason.empty()) fail(reason);
 
   void* stream = current_stream(device);

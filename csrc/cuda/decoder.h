@@ -34,6 +34,16 @@ struct DecoderForward {
   const bool* mask;        // [B][S], true: attend; or null. A row that attends to nothing has zero weights and context
   const void *h0, *c0;     // T [B][H] or null
 
+  // Earlier weights in the scores: score[s] = v . tanh(q + key[s] + W_feature f[s]), where f is the convolution over
+  // the keys of C channels, the last weights, the sum of all earlier ones, or both in this order. No filters: none of
+  // this.
+  int64_t filters, channels, window;  // F, C, W odd
+  bool knows_last, knows_sum;
+  const void* history0;   // T [B][C][S], the channels before the first step; null: zeros
+  const void* w_conv;     // T [F][C][W rounded up to a multiple of 4, zeros there], 8-byte aligned
+  const void* w_feature;  // T [F][A], 8-byte aligned
+  const void* fertility;  // T [B][S], what the sum's weights are divided by, or null
+
   void* output;    // T [B][T][H], h of every step
   void* contexts;  // T [B][T][D]
   void* weights;   // T [B][T][S] or null

@@ -11,6 +11,11 @@
 //   h        from each block to all
 // q, scores and context have one buffer: they are sent only after h of the step before came from every warp of the
 // receiving block, which has read them by then. h has two: a block without a column may lag behind, still multiplying.
+//
+// Scores that know of earlier weights have a fifth exchange. Each part keeps the whole history of its column, in float,
+// and convolves it for its own range of keys; the features go to all parts of the column, which multiply them with
+// their own rows of the feature weights. They are sent while the step waits for h, and after the context came from
+// every part, whose warps have all read the features before by then.
 #pragma once
 
 #include <type_traits>
@@ -21,7 +26,7 @@
 namespace seqattn::gpu {
 
 // kQueue: 16-byte loads of keys or values a lane has under way.
-template <class Cell_, class T_, int kHiddenPairs_, int kValuePairs_, int kQueue_>
+template <class Cell_, class T_, int kHiddenPairs_, int kValuePairs_, int kQueue_, bool kHistory_>
 struct ClusterDecoder {
   using Cell = Cell_;
   using T = T_;
@@ -33,14 +38,20 @@ struct ClusterDecoder {
   static constexpr int kUnits = kHidden / kCluster, kGroups = kUnits / kGroupUnits;
   static constexpr int kWarps = kSplit * kGroups, kThreads = 32 * kWarps;
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
+  static constexpr bool kHistory = kHistory_;
+  // Whether W_hh h is multiplied after the scores, which take more registers with a history, and what is cheap is found
+  // anew at each step: the assembler fits cells of fewer gates without spilling so, and the LSTM otherwise.
+  static constexpr bool kFrugal = kHistory && kGates < 4;
   static constexpr int kHiddenPieces = kHidden / kPiece, kValuePieces = kValue / kPiece;
-  static_assert(sizeof(T) == 2 && kQueue % 4 == 0 && kUnits % kGroupUnits == 0 && kGroups >= 1 && kValue <= 512);
+  static_assert(sizeof(T) == 2 && kQueue % 4 == 0 && (!kHistory || kQueue == 4) && kUnits % kGroupUnits == 0 &&
+                kGroups >= 1 && kValue <= 512);
 
   // Barriers, in the order of a step but for h's two.
-  enum { kQueryCame, kScoresCame, kContextCame, kStateCame };
+  enum { kQueryCame, kScoresCame, kContextCame, kStateCame, kFeaturesCame = kStateCame + 2, kBarriers };
 
-  // Shared memory, in bytes. After kScores come the parts' scores [parts][source], their softmax [source] and the
-  // warps' shares of the context [warps][value columns].
+  // Shared memory, in bytes. After kScores come the parts' scores [parts][source], their softmax [source], the warps'
+  // shares of the context [warps][value columns], and of a history its channels (float, [C][source + window], half a
+  // window of zeros before the first key) and features (T, [F][source]); source and window rounded up to fours.
   static constexpr int kState = 128, kStateSize = kHiddenPieces * 128;
   static constexpr int kContext = kState + 2 * kStateSize;
   static constexpr int kParts = kContext + kValuePieces * 128;
@@ -137,6 +148,19 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   const Shared<float> total = scores + parts * source_stride;
   const Shared<float> shares = total + source_stride;
 
+  const int fours = (length + 3) / 4;
+  // The history of this block's column; found anew wherever it is used, by a zero that keeps it out of registers.
+  const int filters = static_cast<int>(args.filters), channels = static_cast<int>(args.channels);
+  const int taps = static_cast<int>(Shape::round_to_four(args.window)), half_window = static_cast<int>(args.window) / 2;
+  const auto channel_stride = [&](int zero) { return static_cast<int>(Shape::round_to_four(source + zero)) + taps; };
+  const auto history_at = [&](int zero) {
+    const int scores_stride = static_cast<int>(Shape::round_to_four(source + zero));
+    return shared_cast<float>(shared + Shape::kScores) + ((parts + 1) * scores_stride + kWarps * 256);
+  };
+  const auto located_at = [&](int zero) {
+    return shared_cast<Vec<T, 4>>(history_at(zero) + channels * channel_stride(zero));
+  };
+
   // Weights: W_hh in registers, the others' fragments in shared memory.
   uint32_t held[kHiddenPairs][kGates][2][4];
   const int64_t group_unit = static_cast<int64_t>(rank) * Shape::kUnits + warp / kSplit * kGroupUnits;
@@ -211,18 +235,29 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     store(query + i, 0.f);
     store(energy + i, i < feature_count ? args.v[feature_begin + i] : 0.f);
   }
+  if constexpr (Shape::kHistory) {
+    const T* given = static_cast<const T*>(args.history0);
+    const int stride = channel_stride(0);
+    for (int i = thread_index(); i < channels * stride; i += Shape::kThreads) {
+      const int channel = i / stride, s = i % stride - half_window;
+      const int64_t at = (static_cast<int64_t>(sequence_served) * channels + channel) * source + s;
+      store(history_at(0) + i, given != nullptr && s >= 0 && s < source ? to_float(given[at]) : 0.f);
+    }
+  }
 
   const int state_bytes = Shape::kHiddenPieces * 16 * present;
   const auto query_bytes = [&] { return keep(feature_count > 0 ? feature_count : 0) * 4; };
-  const int scores_bytes = parts * ((length + 3) / 4) * 16;
+  const auto scores_bytes = [&] { return parts * keep(fours) * 16; };
+  const auto features_bytes = [&] { return keep(fours) * filters * static_cast<int>(sizeof(Vec<T, 4>)); };
   const int context_bytes = value / kPiece * 16 * present;
   if (thread_index() == 0) {
-    for (int i = 0; i < 5; ++i) barrier_init(barriers + i, 1);
+    for (int i = 0; i < Shape::kBarriers; ++i) barrier_init(barriers + i, 1);
     barrier_fence_init();
     if (steps > 0) {
       barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes());
-      barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes);
+      barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes());
       barrier_arrive_expect(barriers + Shape::kContextCame, context_bytes);
+      if constexpr (Shape::kHistory) barrier_arrive_expect(barriers + Shape::kFeaturesCame, features_bytes());
     }
     if (steps > 1) barrier_arrive_expect(barriers + Shape::kStateCame + 1, state_bytes);
     if (steps > 2) barrier_arrive_expect(barriers + Shape::kStateCame, state_bytes);
@@ -236,6 +271,9 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
   const bool present_column = column < present, live = present_column && unit < hidden;
   const int sequence = static_cast<int>(first) + column;
   const auto state_at = [&] { return static_cast<int64_t>(keep(sequence)) * hidden + unit; };
+  const auto sequence_at = [&](int zero) {
+    return Shape::kFrugal ? static_cast<int>(first) + keep(column) : sequence + zero;
+  };
   float h = 0, c = 0;
   if (live) {
     if (h0 != nullptr) h = to_float(h0[state_at()]);
@@ -259,7 +297,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
                   (key_column < feature_count ? feature_begin + key_column : 0);
   const T* values = static_cast<const T*>(args.values) + static_cast<int64_t>(sequence_served) * source * value +
                     (value_column < value_count ? value_begin + value_column : 0);
-  const int fours = (length + 3) / 4, key_turns = attends ? (fours + key_stride - 1) / key_stride : 0;
+  const int key_turns = attends ? (fours + key_stride - 1) / key_stride : 0;
   const int value_turns = attends ? (length + value_stride - 1) / value_stride : 0;
   const auto key_at = [&](int n) {
     const int s = 4 * (keep(key_first) + n / 4 * key_stride) + n % 4;
@@ -275,6 +313,45 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     // Zero, which the assembler can't know: what it is added to is found anew at each step, where it would be carried
     // through the loop in registers that there aren't.
     const int zero = (steps - 1 - t) >> 31;
+    if constexpr (Shape::kHistory) {
+      if (attends) {
+        // Four keys of one filter a thread.
+        const int own_fours = (fours + zero + parts - 1) / parts, four_begin = part * own_fours;
+        const int four_count = fours - four_begin < own_fours ? fours - four_begin : own_fours;
+        const Vec<T, 4>* conv = static_cast<const Vec<T, 4>*>(args.w_conv);
+        SEQATTN_UNROLL_BY(1)
+        for (int item = thread_index() + zero; item < filters * four_count; item += Shape::kThreads) {
+          const int filter = item / four_count, four = four_begin + item % four_count;
+          float found[4] = {};
+          SEQATTN_UNROLL_BY(1)
+          for (int channel = 0; channel < channels; ++channel) {
+            const Shared<Vec<float, 4>> seen =
+                shared_cast<Vec<float, 4>>(history_at(zero) + channel * channel_stride(zero)) + four;
+            const Vec<T, 4>* weights = conv + (filter * channels + channel) * (taps / 4);
+            Vec<float, 4> low = load(seen);
+            SEQATTN_UNROLL_BY(1)
+            for (int k = 0; k < taps / 4; ++k) {
+              const Vec<float, 4> high = load(seen + (k + 1));
+              const Vec<T, 4> weight = load(weights + k);
+              SEQATTN_UNROLL
+              for (int i = 0; i < 4; ++i) {
+                const float w = to_float(weight[i]);
+                SEQATTN_UNROLL
+                for (int j = 0; j < 4; ++j) found[j] += w * (i + j < 4 ? low[(i + j) % 4] : high[(i + j) % 4]);
+              }
+              low = high;
+            }
+          }
+          const Vec<T, 4> four_keys{
+              {from_float<T>(found[0]), from_float<T>(found[1]), from_float<T>(found[2]), from_float<T>(found[3])}};
+          SEQATTN_UNROLL_BY(1)
+          for (int p = 0; p < parts; ++p) {
+            store_async(map_shared(located_at(zero) + (filter * (source_stride / 4) + four), column_served * parts + p),
+                        four_keys, map_shared(barriers + Shape::kFeaturesCame, column_served * parts + p));
+          }
+        }
+      }
+    }
     Words4 queue[kQueue];
     SEQATTN_UNROLL
     for (int n = 0; n < kQueue; ++n) queue[n] = load(key_at(n));
@@ -286,7 +363,11 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
     }
 
     // q, and on its way W_hh h.
-    const int fragment = (4 * (g % 2) + g / 2) ^ q;
+    int fragment = (4 * (g % 2) + g / 2) ^ q;
+    if constexpr (Shape::kFrugal) {
+      const int own = keep(lane);  // found anew
+      fragment = (4 * (own / 4 % 2) + own / 8) ^ own % 4;
+    }
     const Shared<Words4> previous = state + parity * kStateWords + (split * kHiddenPairs * 4 + q) * 8 + fragment;
     {
       float sum[2][4] = {};
@@ -323,23 +404,31 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       own += query_bias;
       const Vec<float, 4> four = gather_four(own, lane, 4);
       if (g % 4 == 0 && present_column && unit + zero < features) {
-        const int owner = query_owner + zero, query_at = Shape::kQuery + (unit - owner * feature_part) * 4;
+        int owner = query_owner + zero;
+        if constexpr (Shape::kFrugal) {
+          owner = keep(unit) / feature_part;
+          if (owner >= parts) owner = parts - 1;
+        }
+        const int query_at = Shape::kQuery + (unit - owner * feature_part) * 4;
         const Remote<unsigned char> query_peer = map_shared(shared, column * parts + owner);
         store_async(remote_cast<Vec<float, 4>>(query_peer + query_at), four,
                     remote_cast<Barrier>(query_peer + Shape::kQueryCame * sizeof(Barrier)));
       }
     }
     float sum[kSlots][4] = {};
-    SEQATTN_UNROLL
-    for (int p = 0; p < kHiddenPairs; ++p) {
-      const Words4 b = load(previous + p * 32);
+    const auto multiply_state = [&] {
       SEQATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t pair[2] = {b[2 * i], b[2 * i + 1]};
+      for (int p = 0; p < kHiddenPairs; ++p) {
+        const Words4 b = load(previous + p * 32);
         SEQATTN_UNROLL
-        for (int gate = 0; gate < kGates; ++gate) Operand<T>::multiply(sum[kHSlot + gate], held[p][gate][i], pair);
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t pair[2] = {b[2 * i], b[2 * i + 1]};
+          SEQATTN_UNROLL
+          for (int gate = 0; gate < kGates; ++gate) Operand<T>::multiply(sum[kHSlot + gate], held[p][gate][i], pair);
+        }
       }
-    }
+    };
+    if constexpr (!Shape::kFrugal) multiply_state();
 
     if (attends) {
       // Where nothing comes there is no waiting: a phase without bytes would end before all threads have seen the last.
@@ -347,25 +436,56 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         barrier_wait(barriers + Shape::kQueryCame, parity);
         if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kQueryCame, query_bytes());
       }
+      if constexpr (Shape::kHistory) {
+        if (fours > 0) {
+          barrier_wait(barriers + Shape::kFeaturesCame, parity);
+          if (thread_index() == 0 && t + 1 < steps) {
+            barrier_arrive_expect(barriers + Shape::kFeaturesCame, features_bytes());
+          }
+        }
+      }
 
       // Scores. The queue goes on with the first values, so that they are there when the weights are.
       {
         const int own_column = key_column + zero;
+        const int feature_column = own_column < feature_count ? keep(part) * feature_part + own_column : 0;
         SEQATTN_UNROLL_BY(1)
         for (int n0 = 0; n0 < 4 * key_turns; n0 += kQueue) {
           const bool more = n0 + kQueue < 4 * key_turns;
           float score[kQueue] = {};
           SEQATTN_UNROLL
-          for (int half = 0; half < 8; half += 4) {
-            const Vec<float, 4> own_query = load(shared_cast<Vec<float, 4>>(query + own_column + half));
-            const Vec<float, 4> own_energy = load(shared_cast<Vec<float, 4>>(energy + own_column + half));
+          for (int at = 0; at < 8; at += 4) {
+            const Vec<float, 4> own_query = load(shared_cast<Vec<float, 4>>(query + own_column + at));
+            float inner[kQueue][4];
+            SEQATTN_UNROLL
+            for (int j = 0; j < kQueue; ++j) {
+              SEQATTN_UNROLL
+              for (int i = 0; i < 4; ++i) inner[j][i] = own_query[i];
+            }
+            if constexpr (Shape::kHistory) {
+              // Other fours may have been sent anew by the time this lane comes here.
+              const int four = key_first + n0 / 4 * key_stride;
+              const Shared<Vec<T, 4>> own_located = located_at(zero) + four;
+              const Vec<T, 4>* weights = static_cast<const Vec<T, 4>*>(args.w_feature) + (feature_column + at) / 4;
+              SEQATTN_UNROLL_BY(1)
+              for (int f = 0; f < (four < fours ? filters : 0); ++f) {
+                const Vec<T, 4> feature = load(own_located + f * ((source + zero + 3) / 4));
+                const Vec<T, 4> weight = load(weights + f * (static_cast<int>(args.attention) / 4));
+                SEQATTN_UNROLL
+                for (int j = 0; j < kQueue; ++j) {
+                  SEQATTN_UNROLL
+                  for (int i = 0; i < 4; ++i) inner[j][i] += to_float(feature[j]) * to_float(weight[i]);
+                }
+              }
+            }
+            const Vec<float, 4> own_energy = load(shared_cast<Vec<float, 4>>(energy + own_column + at));
             SEQATTN_UNROLL
             for (int j = 0; j < kQueue; ++j) {
               SEQATTN_UNROLL
               for (int i = 0; i < 4; ++i) {
-                score[j] += own_energy[i] * tanh_approx(own_query[i] + element<T>(queue[j], half + i));
+                score[j] += own_energy[i] * tanh_approx(inner[j][i] + element<T>(queue[j], at + i));
               }
-              if (half) queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
+              if (at) queue[j] = load(more ? key_at(n0 + j + kQueue) : value_at(j));
             }
           }
           SEQATTN_UNROLL_BY(1)
@@ -389,18 +509,19 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         }
       }
     }
+    if constexpr (Shape::kFrugal) multiply_state();
     // Under way while the context comes together; as they are, since to convert them is to wait for them.
     T x[kGates];
     {
-      const int row = live ? sequence + zero : static_cast<int>(first), at = live ? unit + zero : 0;
+      const int row = live ? sequence_at(zero) : static_cast<int>(first), at = live ? unit + zero : 0;
       const T* from = static_cast<const T*>(args.x_gates) + t * args.x_step + row * args.x_batch + at;
       SEQATTN_UNROLL
       for (int gate = 0; gate < kGates; ++gate) x[gate] = load(from + gate * hidden);
     }
     if (attends) {
-      if (scores_bytes > 0) {
+      if (fours > 0) {
         barrier_wait(barriers + Shape::kScoresCame, parity);
-        if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes);
+        if (thread_index() == 0 && t + 1 < steps) barrier_arrive_expect(barriers + Shape::kScoresCame, scores_bytes());
       }
 
       // Weights: every warp finds the largest score and the sum by itself.
@@ -433,6 +554,21 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
         SEQATTN_UNROLL_BY(1)
         for (int s = (part + zero) * Shape::kThreads + thread_index(); s < source; s += parts * Shape::kThreads) {
           row[s] = from_float<T>(s < length ? weight_of(s) : 0.f);
+        }
+      }
+
+      if constexpr (Shape::kHistory) {
+        const T* fertility = static_cast<const T*>(args.fertility);
+        const Shared<float> first_channel = history_at(zero) + half_window;
+        const Shared<float> last_channel = first_channel + (channels - 1) * channel_stride(zero);
+        SEQATTN_UNROLL_BY(1)
+        for (int s = thread_index() + zero; s < source; s += Shape::kThreads) {
+          float weight = s < length ? weight_of(s) : 0.f;
+          if (args.knows_last) store(first_channel + s, weight);
+          if (args.knows_sum && s < length) {
+            if (fertility != nullptr) weight /= to_float(fertility[static_cast<int64_t>(sequence_served) * source + s]);
+            store(last_channel + s, load(last_channel + s) + weight);
+          }
         }
       }
 
@@ -563,7 +699,7 @@ cluster_decoder_forward(SEQATTN_KERNEL_PARAM DecoderForward args, int begin, int
       }
     }
     if (live) {
-      const int64_t at = (static_cast<int64_t>(sequence + zero) * steps + t) * hidden + unit;
+      const int64_t at = (static_cast<int64_t>(sequence_at(zero)) * steps + t) * hidden + unit;
       static_cast<T*>(args.output)[at] = from_float<T>(h);
       if (args.saved != nullptr) {
         constexpr int kKept = kept(Cell::kSaved, Cell::kHasCell);

@@ -60,6 +60,7 @@ struct DecoderSizes {
   int cell;
   DType dtype;
   int64_t source, hidden, attention, value;
+  int64_t filters = 0, channels = 0, window = 0;  // of the history that scores know of
 };
 // What an instance of the decoder kernel holds: padded H (and A) and D, both multiples of 128.
 struct DecoderShape {
@@ -74,6 +75,12 @@ constexpr int64_t decoder_shared_bytes(DecoderShape shape, int gates, int slots,
   const int64_t state = 128 + (2 * shape.hidden + shape.value) * 16, sums = warps * 3 * (slots + 1) * 128 + 2 * 1024;
   const int64_t weights = warps * (shape.hidden + gates * shape.value) * 8;
   return state + sums + weights + (parts + 1) * ((source + 3) / 4 * 4) * 4 + warps * 1024;
+}
+
+// Of these for a history of weights: its channels and features.
+constexpr int64_t decoder_history_bytes(int64_t source, int64_t filters, int64_t channels, int64_t window) {
+  const int64_t keys = (source + 3) / 4 * 4, taps = (window + 3) / 4 * 4;
+  return filters ? channels * (keys + taps) * 4 + filters * keys * 2 : 0;
 }
 
 // Why no cluster can run this decoder; empty where one can.

@@ -36,9 +36,11 @@ std::string decoder_why_not(const DecoderSizes& s, const Device& device) {
   };
   const bool small = std::max(s.hidden, s.attention) <= kSmallDecoder.hidden;
   const int64_t bytes =
-      decoder_shared_bytes(small ? kSmallDecoder : kLargeDecoder, kGates[s.cell], kSlots[s.cell], s.source, 2);
+      decoder_shared_bytes(small ? kSmallDecoder : kLargeDecoder, kGates[s.cell], kSlots[s.cell], s.source, 2) +
+      decoder_history_bytes(s.source, s.filters, s.channels, s.window);
   if (bytes > device.smem_per_block) {
-    return "the decoder's kernel has no room for the scores of " + std::to_string(s.source) + " keys";
+    const std::string with = s.filters ? " with " + std::to_string(s.filters) + " features" : "";
+    return "the decoder's kernel has no room for the scores of " + std::to_string(s.source) + " keys" + with;
   }
   return {};
 }

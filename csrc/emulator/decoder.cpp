@@ -14,7 +14,9 @@ void bind_decoder(pybind11::module_& m) {
       f("ld_context", a.ld_context)("bias", a.bias)("w_query", a.w_query)("b_query", a.b_query)("v", a.v);
       f("keys", a.keys)("values", a.values)("lengths", a.lengths)("mask", a.mask)("h0", a.h0)("c0", a.c0);
       f("output", a.output)("contexts", a.contexts)("weights", a.weights)("hn", a.hn)("cn", a.cn)("saved", a.saved);
-      f("cells", a.cells);
+      f("cells", a.cells)("filters", a.filters)("channels", a.channels)("window", a.window);
+      f("knows_last", a.knows_last)("knows_sum", a.knows_sum)("history0", a.history0)("w_conv", a.w_conv);
+      f("w_feature", a.w_feature)("fertility", a.fertility);
     });
     raise(decoder_forward(args, shared_limit, nullptr));
   });

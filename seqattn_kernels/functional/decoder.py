@@ -99,7 +99,7 @@ def attention_decoder(
         zoneout: probability with which a unit keeps h and c of the step before (Krueger et al., 2016); without
             ``training``, its expectation.
         backend: "cpu" or "cuda" (all steps in one operator), "composed" (a step at a time from the package's operators)
-            or "reference" (plain torch); None chooses.
+            or "reference" (plain torch); None chooses. What "cuda" takes is in docs/decoder_on_cuda.md.
 
     Returns:
         DecoderOutput(output, state, weights, contexts). A row that may attend to nothing has zero weights and contexts.

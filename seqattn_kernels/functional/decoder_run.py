@@ -139,9 +139,7 @@ def _request(decoder: Decoder, input: Tensor, state: DecoderState, sampling: boo
     composed = next((reason for reason, holds in beyond_reference.items() if holds), None)
     unserved = composed or next((reason for reason, holds in beyond_native.items() if holds), None)
     cuda_unserved = None
-    if input.device.type == "cuda" and decoder.spec.history != "none":
-        cuda_unserved = "the decoder's kernel has no scores that know of earlier weights"
-    elif input.device.type == "cuda" and unserved is None:
+    if input.device.type == "cuda" and unserved is None:
         cuda_unserved = ops.decoder_cuda.why_not(decoder.spec, _tensors(decoder, input, state), decoder.weights)
     return backends.DecoderRequest(input.device, input.dtype, unserved, composed, cuda_unserved)
 

@@ -22,10 +22,15 @@ from seqattn_kernels.ops.recurrence import _KEPT, _NUMBER, CELLS
 from seqattn_kernels.ops.scores import score_number
 from seqattn_kernels.reference.decoder import Spec
 
+_HISTORIES = {"last": 1, "sum": 2, "both": 3}  # as decoder_loop has them
+
 
 def _register_fakes() -> None:
     @register_fake("seqattn::decoder_loop")
-    def _(cell, x_gates, w_hh, w_context, b_ih, b_hh, w_query, b_query, v, keys, values, lengths, mask, h0, c0, save):
+    def _(
+        cell, x_gates, w_hh, w_context, b_ih, b_hh, w_query, b_query, v, keys, values, lengths, mask, h0, c0, save,
+        history=0, history0=None, w_conv=None, w_feature=None, fertility=None,
+    ):  # fmt: skip
         batch, steps = x_gates.shape[:2]
         hidden, empty, has_cell = w_hh.shape[1], x_gates.new_empty, CELLS[cell] == "lstm"
         return (
@@ -64,14 +69,11 @@ def why_not(spec: Spec, t: Tensors, weights: Sequence[Tensor]) -> str | None:
         return native.why_not() or native.cuda_why_not()
     if not t.input.is_cuda:
         return f"the decoder's kernel takes CUDA tensors, got {t.input.device}"
-    if spec.order != "bahdanau" or spec.score != "additive" or spec.context_at < 0 or spec.attentional_at >= 0:
-        return "the decoder's kernel attends by additive scores before the update, which sees the context"
-    if len(weights) != (4 if spec.has_bias else 2):
-        return "the decoder's kernel has one layer"
-    present = [x for x in (*t, *weights) if x is not None]
-    if any(x.is_floating_point() and x.dtype != t.input.dtype for x in present):
-        return "the decoder's kernel takes tensors of one dtype"
-    if attention_cuda.why_not() is not None and needs_gradients(*present):
+    gradients = needs_gradients(*t, *weights)
+    reason = unserved(spec, t, weights, gradients)
+    if reason is not None:
+        return reason
+    if gradients and attention_cuda.why_not() is not None:
         return f"gradients of the decoder's kernel: {attention_cuda.why_not()}"
     device = torch.cuda.get_device_properties(t.input.device)
     sm = 10 * device.major + device.minor
@@ -86,8 +88,30 @@ def why_not(spec: Spec, t: Tensors, weights: Sequence[Tensor]) -> str | None:
         device.multi_processor_count,
         device.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         16 if sm in (90, 100) else 1,
+        *(t.w_conv.shape if t.w_conv is not None else (0, 0, 0)),
     )
     return reason or None
+
+
+def unserved(spec: Spec, t: Tensors, weights: Sequence[Tensor], gradients: bool) -> str | None:
+    """What the kernel doesn't have of what this decoder is, its sizes and the device apart; or None."""
+    if spec.order != "bahdanau":
+        return f"the decoder's kernel attends before the update, not in the order {spec.order!r}"
+    if spec.score != "additive":
+        return f"the decoder's kernel has additive scores, not {spec.score!r}"
+    if t.w_query is None:
+        return "the decoder's kernel projects the query, got query_weight None"
+    if spec.context_at < 0 or spec.attentional_at >= 0:
+        return "the decoder's kernel feeds back the context, and nothing else"
+    if len(weights) != (4 if spec.has_bias else 2):
+        return "the decoder's kernel has one layer"
+    if any(x is not None and x.is_floating_point() and x.dtype != t.input.dtype for x in (*t, *weights)):
+        return "the decoder's kernel takes tensors of one dtype"
+    if t.w_conv is not None and not len(t.w_conv):
+        return "the decoder's kernel takes convolutions with filters"
+    if spec.history != "none" and gradients:
+        return "the decoder's kernel has no gradients of scores that know of earlier weights"
+    return None
 
 
 class DecoderLoopFunction(torch.autograd.Function):
@@ -177,7 +201,7 @@ def attention_decoder(
     w_context = w_ih[:, spec.context_at : spec.context_at + value]
     if w_context.stride(0) % 8 or w_context.data_ptr() % 16 or w_context.stride(1) != 1:
         w_context = w_context.contiguous()
-    arguments = (
+    arguments: tuple[Any, ...] = (
         _NUMBER[spec.cell],
         linear(t.input, w_ih[:, spec.input_at : spec.input_at + width]).contiguous(),
         w_hh.contiguous(),
@@ -194,10 +218,14 @@ def attention_decoder(
         None if t.h0 is None else t.h0[0].contiguous(),
         None if t.c0 is None else t.c0[0].contiguous(),
     )
+    known: tuple[Any, ...] = ()
     if needs_gradients(*arguments[1:]):
         hidden, c_n, contexts, found, *_ = apply_function(DecoderLoopFunction, *arguments)
     else:
-        hidden, _, c_n, contexts, found, *_ = torch.ops.seqattn.decoder_loop.default(*arguments, False)
+        if spec.history != "none":
+            history0, fertility = (None if x is None else x.contiguous() for x in (t.history0, t.fertility))
+            known = (_HISTORIES[spec.history], history0, t.w_conv, t.w_feature, fertility)
+        hidden, _, c_n, contexts, found, *_ = torch.ops.seqattn.decoder_loop.default(*arguments, False, *known)
     attentional = None
     if t.w_output is not None:
         pair = (contexts, hidden) if spec.output_context_at == 0 else (hidden, contexts)
