@@ -56,7 +56,7 @@ struct Columns {
 // gathers d_score * (r - 1/2) (tanh = 1 - 2 r).
 template <class T, Slope slope, int N>
 SEQATTN_INLINE void slopes(const T* ds, int64_t S, int64_t t0, int64_t s0, int64_t s1, Columns<T>& c) {
-  using M = ScoreMath<T>;
+  using M = Math<T>;
   constexpr int W = kLanes<T>;
   Vec<T> q[N], dq[N];
 #pragma GCC unroll 8

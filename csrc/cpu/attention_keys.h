@@ -8,27 +8,6 @@
 namespace seqattn::SEQATTN_ISA {
 namespace {
 
-template <class T>
-struct ScoreMath : Math<T> {
-  // min(x, bound); a NaN in x goes through.
-  static SEQATTN_INLINE Vec<T> at_most(Vec<T> x, Vec<T> bound) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-      return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x);
-    } else {
-      return (Vec<T>)_mm512_maskz_min_pd(0xff, (__m512d)bound, (__m512d)x);
-    }
-#else
-    return SEQATTN_ISA::at_most(x, bound);
-#endif
-  }
-};
-
-template <class T>
-SEQATTN_INLINE Vec<T> abs(Vec<T> x) {
-  return x < Vec<T>{} ? -x : x;
-}
-
 // max(most, |x|), NaN from the first NaN on.
 template <class T>
 SEQATTN_INLINE Vec<T> larger(Vec<T> most, Vec<T> x) {

@@ -49,7 +49,7 @@ enum class Form { small, merged, single, plain };
 template <class T, Form form, int N, int K>
 SEQATTN_INLINE void score_rows(const AttentionArgs<T>& args, const TileQueries<T>& tile, int64_t first, const T* block,
                                T* out, int64_t ld) {
-  using M = ScoreMath<T>;
+  using M = Math<T>;
   constexpr int W = kLanes<T>;
   constexpr int64_t kSum = 32;
   const int64_t rows = packed_rows(args.A) - 1, size = packed_block(args.A);

@@ -22,6 +22,8 @@ constexpr int max_rows(int n) {
 template <class A>
 using SumOf = typename Operand<A>::Sum;
 
+inline constexpr int64_t kCacheLine = 64;
+
 namespace detail {
 
 // acc[m][n] += a[m][k] b[k][n] for one k.
@@ -71,8 +73,10 @@ SEQATTN_INLINE void accumulate_split(Vec<SumOf<A>> (&acc)[M][N], const A* a, int
   }
 }
 
-template <class A, int M, int N>
-void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K, bool add) {
+// With Fetch, a cache line of what is multiplied later is fetched into the second-level cache for each k.
+template <class A, int M, int N, bool Fetch>
+void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K, bool add,
+          const char* later) {
   constexpr int W = kLanes<A>;
   Vec<SumOf<A>> acc[M][N];
 #pragma GCC unroll 12
@@ -82,7 +86,10 @@ void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t
   }
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;
   if constexpr (U == 1) {
-    for (int64_t k = 0; k < K; ++k) accumulate<A, M, N>(acc, a, lda, b, ldb, k);
+    for (int64_t k = 0; k < K; ++k) {
+      if constexpr (Fetch) __builtin_prefetch(later + k * kCacheLine, 0, 2);
+      accumulate<A, M, N>(acc, a, lda, b, ldb, k);
+    }
   } else {
     accumulate_split<A, M, N, U>(acc, a, lda, b, ldb, K);
   }
@@ -97,28 +104,29 @@ void tile(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t
 }
 
 template <class A>
-using TileFunction = void (*)(SumOf<A>*, int64_t, const A*, int64_t, const A*, int64_t, int64_t, bool);
+using TileFunction = void (*)(SumOf<A>*, int64_t, const A*, int64_t, const A*, int64_t, int64_t, bool, const char*);
 
-template <class A, int N, int... M>
+template <class A, int N, bool Fetch, int... M>
 constexpr TileFunction<A> tile_of(int m, std::integer_sequence<int, M...>) {
-  constexpr TileFunction<A> table[] = {tile<A, M + 1, N>...};
+  // Less than half of the rows of a tile are a product by themselves, behind which nothing can be fetched.
+  constexpr TileFunction<A> table[] = {tile<A, M + 1, N, (Fetch && 2 * (M + 1) >= max_rows(N))>...};
   return table[m - 1];
 }
 
 }  // namespace detail
 
 // The product of `rows` rows of A (1 to max_rows(panel)) and a panel of `panel` vectors, added to C or written to it.
-template <class A>
+template <class A, bool Fetch = false>
 inline detail::TileFunction<A> tile_function(int rows, int panel) {
   switch (panel) {
     case 1:
-      return detail::tile_of<A, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
+      return detail::tile_of<A, 1, Fetch>(rows, std::make_integer_sequence<int, max_rows(1)>());
     case 2:
-      return detail::tile_of<A, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
+      return detail::tile_of<A, 2, Fetch>(rows, std::make_integer_sequence<int, max_rows(2)>());
     case 3:
-      return detail::tile_of<A, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
+      return detail::tile_of<A, 3, Fetch>(rows, std::make_integer_sequence<int, max_rows(3)>());
     default:
-      return detail::tile_of<A, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
+      return detail::tile_of<A, 4, Fetch>(rows, std::make_integer_sequence<int, max_rows(4)>());
   }
 }
 
@@ -127,25 +135,35 @@ inline constexpr int64_t kSumBlock = 128;
 
 // C (+)= A B for any number of rows, cut into tiles of nearly equal height. Row k of B is at b + k * ldb. K counts
 // operands: half the values of bfloat16.
+//
+// later: null, or a packed panel as large as B that is multiplied next. Where B serves several tiles, the first ones
+// fetch it from further away than the second-level cache.
 template <class A>
 inline void multiply_strided(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K,
-                             int64_t rows, int panel, bool add) {
+                             int64_t rows, int panel, bool add, const A* later = nullptr) {
   const int64_t tiles = (rows + max_rows(panel) - 1) / max_rows(panel);
+  const int64_t lines = later && tiles > 1 ? K * panel * kVectorBytes / kCacheLine : 0;
+  int64_t fetched = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-    const auto function = tile_function<A>(int(end - begin), panel);
+    const bool fetch = fetched < lines;
+    const auto function =
+        fetch ? tile_function<A, true>(int(end - begin), panel) : tile_function<A, false>(int(end - begin), panel);
+    const char* next = fetch ? reinterpret_cast<const char*>(later) + fetched * kCacheLine : nullptr;
     for (int64_t k = 0; k == 0 || k < K; k += kSumBlock) {
       const int64_t depth = K - k < kSumBlock ? K - k : kSumBlock;
-      function(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth, add || k > 0);
+      function(c + begin * ldc, ldc, a + begin * lda + k, lda, b + k * ldb, ldb, depth, add || k > 0,
+               next + (fetch ? k * kCacheLine : 0));
     }
+    if (fetch) fetched += K;
   }
 }
 
 // The same with B a packed panel.
 template <class A>
 inline void multiply_panel(SumOf<A>* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t K, int64_t rows,
-                           int panel, bool add) {
-  multiply_strided<A>(c, ldc, a, lda, b, int64_t(panel) * kLanes<A>, K, rows, panel, add);
+                           int panel, bool add, const A* later = nullptr) {
+  multiply_strided<A>(c, ldc, a, lda, b, int64_t(panel) * kLanes<A>, K, rows, panel, add, later);
 }
 
 namespace detail {

@@ -58,12 +58,13 @@ struct PackedWeights {
   T* bias_panel(int64_t p) const { return bias + panels.begin(p) * W * Cell::kSlots; }
   T* hr_group(int64_t g) const { return hr + projections.begin(g) * W * sizes.hidden; }
 
-  // pre[row][gate][units] += a[row][K] times a panel of K operands.
+  // pre[row][gate][units] += a[row][K] times a panel of K operands; `later` is the panel that comes next, or null.
   static void multiply(T* pre, int64_t ld, const A* a, int64_t lda, const A* panel, int64_t K, int64_t rows,
-                       int64_t units) {
+                       int64_t units, const A* later = nullptr) {
     for (int gate = 0; gate < Cell::kGates; gate += kPart) {
-      multiply_panel(pre + gate * units * W, ld, a, lda, panel + gate * units * W * K, K, rows, int(kPart * units),
-                     true);
+      const A* part = panel + gate * units * W * K;
+      multiply_panel(pre + gate * units * W, ld, a, lda, part, K, rows, int(kPart * units), true,
+                     gate + kPart < Cell::kGates ? part + kPart * units * W * K : later);
     }
   }
 };

@@ -236,10 +236,12 @@ class BackwardDirection {
     gang_.barrier();
     if (last && !d_.d_h0) return;  // the gradient of h before all steps isn't wanted
     for (int64_t j = output_begin_; j < output_end_; ++j) {
-      const int64_t g = t % 2 ? output_end_ - 1 - (j - output_begin_) : j;  // meets in cache what the last step left
+      const bool backwards = t % 2;  // meets in cache what the last step left
+      const int64_t g = backwards ? output_end_ - 1 - (j - output_begin_) : j;
       const int64_t first = outputs_.begin(g), vectors = outputs_.begin(g + 1) - first;
       through_weights(s_.dh + first * W, s_.ld_h, s_.grad + local * s_.ld_grad, n, s_.hh, d_.w_hh, sizes_.output, first,
-                      vectors, kHSlot, Cell::h_gate, !sizes_.projected);
+                      vectors, kHSlot, Cell::h_gate, !sizes_.projected,
+                      j + 1 < output_end_ ? outputs_.begin(backwards ? g - 1 : g + 1) : -1);
     }
   }
 
@@ -249,12 +251,14 @@ class BackwardDirection {
     return p_.hh == WeightUse::in_place && (first + vectors) * W <= columns;
   }
 
-  // c[row][columns of the group] (+)= gradients of the gates from first_slot on, times their rows of w.
+  // c[row][columns of the group] (+)= gradients of the gates from first_slot on, times their rows of w. The group of
+  // columns after it begins at vector `next`, or there is none (-1).
   void through_weights(T* c, int64_t ldc, const T* grad, int64_t rows, const T* packed, const T* w, int64_t columns,
-                       int64_t first, int64_t vectors, int first_slot, int (*gate_of)(int), bool add) {
+                       int64_t first, int64_t vectors, int first_slot, int (*gate_of)(int), bool add, int64_t next) {
     const int64_t width = padded(sizes_.hidden), K = Cell::kGates * width;
     if (!in_place(first, vectors, columns)) {
-      multiply_panel(c, ldc, grad + first_slot * width, s_.ld_grad, packed + first * W * K, K, rows, int(vectors), add);
+      multiply_panel(c, ldc, grad + first_slot * width, s_.ld_grad, packed + first * W * K, K, rows, int(vectors), add,
+                     next < 0 ? nullptr : packed + next * W * K);
       return;
     }
     for (int s = first_slot; s < first_slot + Cell::kGates; ++s) {
@@ -403,7 +407,7 @@ class BackwardDirection {
       const int64_t first = inputs_.begin(g), vectors = inputs_.begin(g + 1) - first;
       const int64_t column = first * W, left = sizes_.input - column;
       through_weights(product_, vectors * W, s_.grad + begin * s_.ld_grad, end - begin, s_.ih, d_.w_ih, sizes_.input,
-                      first, vectors, 0, Cell::x_gate, false);
+                      first, vectors, 0, Cell::x_gate, false, g + 1 < inputs_.groups ? inputs_.begin(g + 1) : -1);
       int64_t r = 0;
       for (int64_t t = t0; t < t1 && r < end; ++t) {
         for (int64_t i = 0; i < rows_.active[t] && r < end; ++i, ++r) {

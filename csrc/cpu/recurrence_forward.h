@@ -155,20 +155,24 @@ class ForwardDirection {
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t j = 0; j < ld; j += W) store(pre + r * ld + j, load(bias + j));
       }
-      multiply(p_.ih, p, pre, x, ldx, d_.w_ih, packed_.ih_panel(p), sizes_.input, n, 0, Cell::x_gate);
+      multiply(p_.ih, p, pre, x, ldx, d_.w_ih, packed_.ih_panel(p), sizes_.input, n, 0, Cell::x_gate,
+               p + 1 < panel_end_ ? packed_.ih_panel(p + 1) : nullptr);
     }
   }
 
-  // pre[row][slot][units] += a[row][K] times the weights of panel p: torch's w[gate * H + unit][K], packed in `panel`.
+  // pre[row][slot][units] += a[row][K] times the weights of panel p: torch's w[gate * H + unit][K], packed in `panel`,
+  // `later` being the panel after it, if any.
   void multiply(WeightUse use, int64_t p, T* pre, const A* a, int64_t lda, const T* w, const A* panel, int64_t K,
-                int64_t rows, int first_slot, int (*gate_of)(int)) {
+                int64_t rows, int first_slot, int (*gate_of)(int), const A* later) {
     const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
     if (use != WeightUse::in_place) {
       if (use == WeightUse::in_cache) {
         pack_panel<Cell>(panel_, w, K, sizes_.hidden, first, units, gate_of, first_slot);
         panel = panel_;
+        later = nullptr;
       }
-      packed_.multiply(pre + first_slot * units * W, Cell::kSlots * units * W, a, lda, panel, depth<A>(K), rows, units);
+      packed_.multiply(pre + first_slot * units * W, Cell::kSlots * units * W, a, lda, panel, depth<A>(K), rows, units,
+                       later);
       return;
     }
     if constexpr (!kRounded<A>) {
@@ -192,10 +196,11 @@ class ForwardDirection {
     const bool backwards = t % 2;
     for (int64_t j = panel_begin_; j < panel_end_; ++j) {
       const int64_t p = backwards ? panel_end_ - 1 - (j - panel_begin_) : j;
+      const A* later = j + 1 < panel_end_ ? packed_.hh_panel(backwards ? p - 1 : p + 1) : nullptr;
       const int64_t first = packed_.panels.begin(p), units = packed_.panels.begin(p + 1) - first;
       const int64_t ld = Cell::kSlots * units * W;
       T* pre = pre_panel(p) + (compact - chunk_first) * ld;
-      multiply(p_.hh, p, pre, a_[0], lda_, d_.w_hh, packed_.hh_panel(p), sizes_.output, n, kHSlot, Cell::h_gate);
+      multiply(p_.hh, p, pre, a_[0], lda_, d_.w_hh, packed_.hh_panel(p), sizes_.output, n, kHSlot, Cell::h_gate, later);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t v = 0; v < units; ++v)
           apply_cell(t, i, compact + i, pre + i * ld + v * W, units * W, (first + v) * W);

@@ -112,14 +112,39 @@ SEQATTN_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
 #endif
 }
 
-// max(bound, x) and min(bound, x) that let a NaN in x through.
+// max(bound, x) and min(bound, x) that let a NaN in x through, as the instructions do that return their second operand
+// where either is one.
 template <class V>
 SEQATTN_INLINE V at_least(V x, V bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x[0]) == 4) return (V)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x);
+  if constexpr (sizeof(x[0]) == 8) return (V)_mm512_maskz_max_pd(0xff, (__m512d)bound, (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(x[0]) == 4) return (V)_mm256_max_ps((__m256)bound, (__m256)x);
+  if constexpr (sizeof(x[0]) == 8) return (V)_mm256_max_pd((__m256d)bound, (__m256d)x);
+#endif
   return bound > x ? bound : x;
 }
 template <class V>
 SEQATTN_INLINE V at_most(V x, V bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x[0]) == 4) return (V)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x);
+  if constexpr (sizeof(x[0]) == 8) return (V)_mm512_maskz_min_pd(0xff, (__m512d)bound, (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(x[0]) == 4) return (V)_mm256_min_ps((__m256)bound, (__m256)x);
+  if constexpr (sizeof(x[0]) == 8) return (V)_mm256_min_pd((__m256d)bound, (__m256d)x);
+#endif
   return bound < x ? bound : x;
+}
+
+template <class T>
+SEQATTN_INLINE IntVec<T> sign_bits(Vec<T> x) {
+  return (IntVec<T>)x & (IntVec<T>)broadcast<T>(T(-0.0));
+}
+
+template <class T>
+SEQATTN_INLINE Vec<T> abs(Vec<T> x) {
+  return (Vec<T>)((IntVec<T>)x ^ sign_bits<T>(x));
 }
 
 template <class T>
@@ -137,8 +162,8 @@ SEQATTN_INLINE T max_lanes(Vec<T> v) {
 }
 
 namespace detail {
-// x = n ln 2 + f with |f| <= ln 2 / 2 : expm1(f) by a minimax polynomial, accurate to half a unit in the last place
-// (5e-10 relative for float, 5e-19 for double before rounding).
+// x = n ln 2 + f with |f| <= ln 2 / 2 : e^f = 1 + f + f^2 q(f), q a minimax polynomial (4e-9 relative for float, 5e-19
+// for double before rounding).
 template <class T>
 struct ExpConstants;
 template <>
@@ -148,9 +173,9 @@ struct ExpConstants<float> {
   static constexpr float kLn2Hi = 0.693145751953125f;
   static constexpr float kLn2Lo = 1.42860682030941723212e-6f;
   static constexpr float kMin = -104.0f, kMax = 89.0f;  // exp is 0 below and infinite above
-  static constexpr int kDegree = 5;
-  static constexpr float kQ[kDegree + 1] = {1.9891030654e-4f,    1.3933685862617e-3f, 8.3333108895821e-3f,
-                                            4.1666464602027e-2f, 0.16666666681659f,   0.50000000134982f};
+  static constexpr int kDegree = 4;
+  static constexpr float kQ[kDegree + 1] = {1.3814320377154e-3f, 8.3688510851485e-3f, 4.1668401087841e-2f,
+                                            0.1666651952389f, 0.49999993373066f};
   static constexpr int kMantissa = 23, kBias = 127;
 };
 template <>
@@ -197,23 +222,36 @@ struct TanhConstants<double> {
       -0.33333333333333333333};
 };
 
-// Splits x; returns expm1(f) and leaves n in *n as a number.
+// Splits x = n ln 2 + f; returns f, and n + kMagic in *shifted: a whole number in its lowest bits.
 template <class T>
-SEQATTN_INLINE Vec<T> expm1_reduced(Vec<T> x, Vec<T>* n) {
+SEQATTN_INLINE Vec<T> reduce(Vec<T> x, Vec<T>* shifted) {
   using C = ExpConstants<T>;
-  *n = (x * C::kLog2e + C::kMagic) - C::kMagic;
-  Vec<T> f = x - *n * C::kLn2Hi;
-  f = f - *n * C::kLn2Lo;
-  Vec<T> q = broadcast<T>(C::kQ[0]);
-#pragma GCC unroll 16
-  for (int i = 1; i <= C::kDegree; ++i) q = q * f + C::kQ[i];
-  return (f * f) * q + f;
+  *shifted = x * C::kLog2e + C::kMagic;
+  const Vec<T> n = *shifted - C::kMagic;
+  return (x - n * C::kLn2Hi) - n * C::kLn2Lo;
 }
 
-// v * 2^n, n a whole number in [-2 * bias, 2 * bias].
+// The sum of kQ[i] x^(kDegree - i).
+template <class Constants, class T>
+SEQATTN_INLINE Vec<T> polynomial(Vec<T> x) {
+  Vec<T> q = broadcast<T>(Constants::kQ[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i <= Constants::kDegree; ++i) q = q * x + Constants::kQ[i];
+  return q;
+}
+
+// e^f for what `reduce` leaves.
 template <class T>
-SEQATTN_INLINE Vec<T> scale(Vec<T> v, Vec<T> n) {
+SEQATTN_INLINE Vec<T> exp_reduced(Vec<T> f) {
+  return (polynomial<ExpConstants<T>, T>(f) * f + T(1)) * f + T(1);
+}
+
+// v * 2^n for n in [-2 * bias, 2 * bias].
+template <class T>
+SEQATTN_INLINE Vec<T> scale(Vec<T> v, Vec<T> shifted) {
+  using C = ExpConstants<T>;
 #if defined(__AVX512F__)
+  const Vec<T> n = shifted - C::kMagic;
   if constexpr (sizeof(T) == 4) {
     return (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n);
   } else {
@@ -221,13 +259,19 @@ SEQATTN_INLINE Vec<T> scale(Vec<T> v, Vec<T> n) {
   }
 #else
   // Two factors, so that overflow and denormal results come out right.
-  using C = ExpConstants<T>;
-  IntVec<T> i = (IntVec<T>)(n + C::kMagic) - (IntVec<T>)broadcast<T>(C::kMagic);
+  IntVec<T> i = (IntVec<T>)shifted - (IntVec<T>)broadcast<T>(C::kMagic);
   IntVec<T> half = i >> 1;
   Vec<T> a = (Vec<T>)((half + C::kBias) << C::kMantissa);
   Vec<T> b = (Vec<T>)((i - half + C::kBias) << C::kMantissa);
   return v * a * b;
 #endif
+}
+
+// 2^n for n in (-bias, bias]: what lies above the number in the bits of `shifted` is shifted out.
+template <class T>
+SEQATTN_INLINE Vec<T> power_of_two(Vec<T> shifted) {
+  using C = ExpConstants<T>;
+  return (Vec<T>)(((IntVec<T>)shifted << C::kMantissa) + (IntVec<T>)broadcast<T>(1));
 }
 }  // namespace detail
 
@@ -235,9 +279,9 @@ template <class T>
 SEQATTN_INLINE Vec<T> exp(Vec<T> x) {
   using C = detail::ExpConstants<T>;
   x = at_most(at_least(x, broadcast<T>(C::kMin)), broadcast<T>(C::kMax));
-  Vec<T> n;
-  Vec<T> p = detail::expm1_reduced<T>(x, &n);
-  return detail::scale<T>(p + T(1), n);
+  Vec<T> shifted;
+  const Vec<T> f = detail::reduce<T>(x, &shifted);
+  return detail::scale<T>(detail::exp_reduced<T>(f), shifted);
 }
 
 // 1 / (1 + e^-x), relative error about 1.5 units in the last place.
@@ -246,21 +290,18 @@ SEQATTN_INLINE Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
 
-// Within a unit in the last place: x + x^3 q(x^2) near 0, elsewhere 1 - 2 / (e^2|x| + 1), where the last subtraction
+// About a unit in the last place: x + x^3 q(x^2) near 0, elsewhere 1 - 2 / (e^2|x| + 1), where the last subtraction
 // rounds a quotient that is small beside 1.
 template <class T>
 SEQATTN_INLINE Vec<T> tanh(Vec<T> x) {
   using C = detail::TanhConstants<T>;
-  const Vec<T> magnitude = at_most(x < Vec<T>{} ? -x : x, broadcast<T>(C::kOne));
-  Vec<T> n;
-  const Vec<T> p = detail::expm1_reduced<T>(magnitude + magnitude, &n);
-  const Vec<T> far = T(1) - T(2) / (detail::scale<T>(p + T(1), n) + T(1));
-  const Vec<T> square = x * x;
-  Vec<T> q = broadcast<T>(C::kQ[0]);
-#pragma GCC unroll 16
-  for (int i = 1; i <= C::kDegree; ++i) q = q * square + C::kQ[i];
-  const Vec<T> near = x + x * (square * q);
-  return magnitude < broadcast<T>(C::kNear) ? near : x < Vec<T>{} ? -far : far;
+  const Vec<T> m = at_most(abs<T>(x), broadcast<T>(C::kOne));
+  Vec<T> shifted;
+  const Vec<T> f = detail::reduce<T>(m + m, &shifted);
+  const Vec<T> far = T(1) - T(2) / (detail::exp_reduced<T>(f) * detail::power_of_two<T>(shifted) + T(1));
+  const Vec<T> square = m * m;
+  const Vec<T> near = m + m * (square * detail::polynomial<C, T>(square));
+  return (Vec<T>)((IntVec<T>)(m < broadcast<T>(C::kNear) ? near : far) | sign_bits<T>(x));
 }
 
 // The functions a cell or a score asks for, as one name to pass to its templates.
@@ -271,6 +312,7 @@ struct Math {
   static SEQATTN_INLINE Value sigmoid(Value x) { return SEQATTN_ISA::sigmoid<T>(x); }
   static SEQATTN_INLINE Value tanh(Value x) { return SEQATTN_ISA::tanh<T>(x); }
   static SEQATTN_INLINE Value relu(Value x) { return at_least(x, Value{}); }
+  static SEQATTN_INLINE Value at_most(Value x, Value bound) { return SEQATTN_ISA::at_most(x, bound); }
   static SEQATTN_INLINE Value positive(Value x, Value y) { return x > Value{} ? y : Value{}; }
 };
 
