@@ -53,11 +53,11 @@ StepProblem<T> read(const CellInfo& cell, const Tensor& input, const std::option
   return p;
 }
 
-// Waking a thread costs about as much as 200k products, or as reading half a megabyte of weights.
+// A second thread costs about as much as 200k products, or as one row's pass over 180 KB of weights.
 template <class T>
 int plan_threads(const CellInfo& cell, const StepProblem<T>& p, double passes) {
   const double weights = passes * cell.gates * double(p.sizes.hidden) * double(p.sizes.input + p.sizes.hidden);
-  const double useful = std::max(weights * double(p.batch) / 2e5, weights / 1.5e5);
+  const double useful = std::max(weights * double(p.batch) / 2e5, weights / 4.5e4);
   const double panels = double((p.sizes.hidden + kUnitPad - 1) / kUnitPad);
   return int(std::clamp(std::min(useful, panels), 1.0, double(torch::stable::get_num_threads())));
 }
