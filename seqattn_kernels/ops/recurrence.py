@@ -245,7 +245,10 @@ def direct_step(
     input: Tensor,
     h: Tensor | None,
     c: Tensor | None,
-    *weights: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:
     """What the operator of one step would return, past torch's dispatcher, which takes longer than a small step.
 
@@ -254,7 +257,8 @@ def direct_step(
     extension = native.extension
     if extension is None or torch.compiler.is_compiling():
         return None
-    return extension.cell_fwd(_NUMBER[cell], save, packed[0] if packed else None, input, h, c, *weights)
+    own = packed[0] if packed else None
+    return extension.cell_fwd(_NUMBER[cell], save, own, input, h, c, w_ih, w_hh, b_ih, b_hh)
 
 
 def direct_step_backward(
