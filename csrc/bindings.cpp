@@ -7,6 +7,7 @@
 
 #include "cells/registry.h"
 #include "cpu/allocate.h"
+#include "cpu/cell_direct.h"
 #include "cpu/dispatch.h"
 #include "cpu/gang.h"
 #include "cuda/plan.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
       "How many of the threads asked for came in time to work together.");
+  if (PyModule_AddFunctions(m.ptr(), seqattn::cell_direct_methods) != 0) throw py::error_already_set();
   using seqattn::gpu::Plan;
   py::class_<Plan>(m, "Plan", "Which CUDA kernel runs a recurrence, and with what shape; see csrc/cuda/plan.h.")
       .def_property_readonly("kernel", [](const Plan& p) { return seqattn::gpu::name_of(p.kernel); })

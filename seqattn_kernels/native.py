@@ -23,6 +23,29 @@ except ImportError as error:
     _why_not = f"the native kernels can't be loaded ({error}); {_REBUILD}"
 
 
+def _connect_cells() -> None:
+    """Let `cell_fwd` and `cell_bwd` of the extension take tensors past torch's dispatcher, where this torch can."""
+    if extension is None:
+        return
+    try:
+        modes = (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._are_functorch_transforms_active,
+            torch._C._is_any_autocast_enabled,
+            torch._C._get_tracing_state,
+            torch.autograd._profiler_enabled,
+        )
+        wrap = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # the one for a single tensor keeps a reference
+        exchange = torch.Tensor.__dlpack_c_exchange_api__
+    except AttributeError:  # an older torch: operators it is
+        return
+    extension.cell_connect((torch.Tensor, torch.nn.Parameter), modes, torch.Tensor.is_neg, wrap, exchange)
+
+
+_connect_cells()
+
+
 def _load_cuda() -> str | None:
     """Load the CUDA kernels where torch can use them; else why not."""
     if not torch.backends.cuda.is_built():

@@ -16,8 +16,8 @@ namespace seqattn {
 
 inline bool poison_allocations = false;
 
-// A contiguous CPU tensor of `like`'s dtype.
-inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const int64_t* shape, int64_t rank) {
+// A contiguous CPU tensor; dtype as the shim numbers them.
+inline torch::stable::Tensor allocate(int32_t dtype, const int64_t* shape, int64_t rank) {
   constexpr int64_t kMostDims = 8;
   if (rank > kMostDims) fail("shape: expected at most ", kMostDims, " dimensions, got ", rank);
   int64_t strides[kMostDims], values = 1;
@@ -25,11 +25,9 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const i
     strides[i] = values > 0 ? values : 1;
     values *= shape[i];
   }
-  int32_t dtype;
   AtenTensorHandle handle;
-  if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(rank, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
-          AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(rank, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) !=
+      AOTI_TORCH_SUCCESS) {
     fail("no memory for a result of ", values, " values");
   }
   torch::stable::Tensor t(handle);
@@ -39,6 +37,13 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const i
     if (bytes) std::memset(t.data_ptr(), 0xff, size_t(bytes));
   }
   return t;
+}
+
+// The same of `like`'s dtype.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const int64_t* shape, int64_t rank) {
+  int32_t dtype;
+  if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS) fail("a tensor has no dtype");
+  return allocate(dtype, shape, rank);
 }
 
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape) {

@@ -1,6 +1,4 @@
 // The cell operators on a CPU: checks, allocation and the number of threads. The kernels are in cell_kernels.cpp.
-#include "cell.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,6 +6,7 @@
 #include <vector>
 
 #include "allocate.h"
+#include "cell_launch.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -54,11 +53,11 @@ StepProblem<T> read(const CellInfo& cell, const Tensor& input, const std::option
   return p;
 }
 
-// Waking a thread costs about as much as 200k products, or as reading half a megabyte of weights.
+// A second thread costs about as much as 200k products, or as one row's pass over 180 KB of weights.
 template <class T>
 int plan_threads(const CellInfo& cell, const StepProblem<T>& p, double passes) {
   const double weights = passes * cell.gates * double(p.sizes.hidden) * double(p.sizes.input + p.sizes.hidden);
-  const double useful = std::max(weights * double(p.batch) / 2e5, weights / 1.5e5);
+  const double useful = std::max(weights * double(p.batch) / 2e5, weights / 4.5e4);
   const double panels = double((p.sizes.hidden + kUnitPad - 1) / kUnitPad);
   return int(std::clamp(std::min(useful, panels), 1.0, double(torch::stable::get_num_threads())));
 }
@@ -70,34 +69,82 @@ void take_scratch(StepProblem<T>* p) {
   p->scratch = static_cast<T*>(workspace(size_t(p->shared_scratch + p->threads * p->thread_scratch) * sizeof(T)));
 }
 
+// Results of a step in T; only what there is, since an empty tensor costs as much to make as a full one.
 template <class T>
-std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
-                            const std::optional<Tensor>& c, const std::vector<Tensor>& weights,
-                            const std::vector<Tensor>& packed, bool has_bias, bool save) {
-  const CellInfo& cell = cell_info(number);
-  StepProblem<T> p = read<T>(cell, input, h, c, weights, has_bias);
-  const int64_t B = p.batch, H = p.sizes.hidden;
-  // Only what there is: an empty tensor costs as much to make as a full one.
-  std::vector<Tensor> results;
-  results.reserve(3);
-  auto make = [&](int64_t columns) {
-    results.push_back(allocate(input, {B, columns}));
-    return results.back().template mutable_data_ptr<T>();
-  };
-  p.h_new = make(H);
-  p.c_new = cell.has_cell ? make(H) : nullptr;
-  p.reserve = save ? make(step_reserved(cell.saved) * padded(H)) : nullptr;
-  if (!packed.empty()) {
-    const int64_t values = SEQATTN_KERNELS(recurrence_kernels).f32.packed_size(int(number), p.sizes);
-    check_tensor("packed", packed[0], dtype_of<T>(), {values});
-    p.packed = packed[0].const_data_ptr<T>();
+class Results {
+ public:
+  explicit Results(size_t most) { tensors.reserve(most); }
+
+  T* make(std::initializer_list<int64_t> shape) {
+    tensors.push_back(allocate(sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(), shape.begin(),
+                               shape.size()));
+    return tensors.back().template mutable_data_ptr<T>();
   }
+
+  std::vector<Tensor> tensors;
+};
+
+}  // namespace
+
+int64_t step_packed_size(int64_t cell, const Sizes& sizes) {
+  return SEQATTN_KERNELS(recurrence_kernels).f32.packed_size(int(cell), sizes);
+}
+
+template <class T>
+std::vector<Tensor> launch_step(int64_t number, StepProblem<T> p, bool save) {
+  const CellInfo& cell = cell_info(number);
+  const int64_t B = p.batch, H = p.sizes.hidden;
+  Results<T> results(3);
+  p.h_new = results.make({B, H});
+  p.c_new = cell.has_cell ? results.make({B, H}) : nullptr;
+  p.reserve = save ? results.make({B, step_reserved(cell.saved) * padded(H)}) : nullptr;
   p.threads = plan_threads<T>(cell, p, 1.0);
   const StepKernels<T>& k = kernels<T>();
   k.forward_scratch(int(number), &p);
   take_scratch(&p);
   run_gang(p.threads, [&](Gang& gang) { k.forward(int(number), p, gang); });
-  return results;
+  return std::move(results.tensors);
+}
+
+template <class T>
+std::vector<Tensor> launch_step_backward(int64_t number, StepProblem<T> p, StepGradients wanted) {
+  const CellInfo& cell = cell_info(number);
+  const int64_t B = p.batch, I = p.sizes.input, H = p.sizes.hidden, rows = cell.gates * H;
+  Results<T> results(7);
+  p.d_x = wanted.input ? results.make({B, I}) : nullptr;
+  p.d_h = wanted.h ? results.make({B, H}) : nullptr;
+  p.d_c = wanted.c ? results.make({B, H}) : nullptr;
+  if (wanted.weights) {
+    p.d_w_ih = results.make({rows, I});
+    p.d_w_hh = results.make({rows, H});
+    p.d_b_ih = p.b_ih ? results.make({rows}) : nullptr;
+    p.d_b_hh = p.b_hh ? results.make({rows}) : nullptr;
+  }
+  p.threads = plan_threads<T>(cell, p, 2.0);
+  const StepKernels<T>& k = kernels<T>();
+  k.backward_scratch(int(number), &p);
+  take_scratch(&p);
+  run_gang(p.threads, [&](Gang& gang) { k.backward(int(number), p, gang); });
+  return std::move(results.tensors);
+}
+
+template std::vector<Tensor> launch_step(int64_t, StepProblem<float>, bool);
+template std::vector<Tensor> launch_step(int64_t, StepProblem<double>, bool);
+template std::vector<Tensor> launch_step_backward(int64_t, StepProblem<float>, StepGradients);
+template std::vector<Tensor> launch_step_backward(int64_t, StepProblem<double>, StepGradients);
+
+namespace {
+
+template <class T>
+std::vector<Tensor> forward(int64_t number, const Tensor& input, const std::optional<Tensor>& h,
+                            const std::optional<Tensor>& c, const std::vector<Tensor>& weights,
+                            const std::vector<Tensor>& packed, bool has_bias, bool save) {
+  StepProblem<T> p = read<T>(cell_info(number), input, h, c, weights, has_bias);
+  if (!packed.empty()) {
+    check_tensor("packed", packed[0], dtype_of<T>(), {step_packed_size(number, p.sizes)});
+    p.packed = packed[0].const_data_ptr<T>();
+  }
+  return launch_step<T>(number, p, save);
 }
 
 template <class T>
@@ -112,31 +159,10 @@ std::vector<Tensor> backward(int64_t number, const Tensor& input, const std::opt
   for (const auto* t : {&d_h, &d_c}) {
     if (*t) check_tensor("gradient", **t, dtype_of<T>(), {B, H});
   }
-  std::vector<Tensor> results;
-  results.reserve(3 + weights.size());
-  auto make = [&](const Tensor& like) {
-    const auto shape = like.sizes();
-    results.push_back(allocate(like, shape.data(), int64_t(shape.size())));
-    return results.back().template mutable_data_ptr<T>();
-  };
   p.reserve = const_cast<T*>(reserve.const_data_ptr<T>());
   p.d_h_new = data<T>(d_h);
   p.d_c_new = data<T>(d_c);
-  p.d_x = need_input ? make(input) : nullptr;
-  p.d_h = h ? make(*h) : nullptr;
-  p.d_c = c ? make(*c) : nullptr;
-  if (need_weights) {
-    p.d_w_ih = make(weights[0]);
-    p.d_w_hh = make(weights[1]);
-    p.d_b_ih = has_bias ? make(weights[2]) : nullptr;
-    p.d_b_hh = has_bias ? make(weights[3]) : nullptr;
-  }
-  p.threads = plan_threads<T>(cell, p, 2.0);
-  const StepKernels<T>& k = kernels<T>();
-  k.backward_scratch(int(number), &p);
-  take_scratch(&p);
-  run_gang(p.threads, [&](Gang& gang) { k.backward(int(number), p, gang); });
-  return results;
+  return launch_step_backward<T>(number, p, {need_input, h.has_value(), c.has_value(), need_weights});
 }
 
 void make_contiguous(Tensor* t) {

@@ -32,7 +32,8 @@ def lstm_cell(
     if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
         raise TypeError(f"hx: expected (h, c), got {type(hx).__name__}")
     h, c = (None, None) if hx is None else hx
-    return _run("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
+    h_new, c_new = _run("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
+    return h_new, c_new
 
 
 def gru_cell(
@@ -77,7 +78,12 @@ def _run(
     b_hh: Tensor | None,
     packed_weights: Sequence[Tensor] | None,
     backend: str | None,
-) -> tuple[Tensor, Any]:
+) -> Sequence[Tensor]:
+    """The next h and, of a cell that has one, c."""
+    if backend is None:
+        states = ops.recurrence.direct_step(cell, False, packed_weights, input, h, c, w_ih, w_hh, b_ih, b_hh)
+        if states is not None:
+            return states
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih, b_hh: expected both or neither, got one")
     if _is_plain(input, backend):
@@ -86,11 +92,10 @@ def _run(
         try:
             if not input.is_cpu:
                 return _torch_step(cell, input, h, c, weights)
-            states = ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
+            return ops.recurrence.cell_step(cell, input, h, c, weights, b_ih is not None, packed_weights or ())
         except (RuntimeError, TypeError, AttributeError):
             _check(input, h, c, list(weights), GATES[cell])
             raise
-        return states if len(states) == 2 else (states[0], None)  # type: ignore[return-value]
     return _run_checked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
 
 

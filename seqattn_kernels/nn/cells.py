@@ -22,6 +22,13 @@ class _Cell(Freezable, RNNCellBase):
     def _weight_names(self) -> Sequence[str]:
         return "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
+    def _read_weights(self) -> Sequence[Tensor | None]:
+        parameters = self._parameters
+        try:  # written out, in a third of the time: a step is a few microseconds
+            return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
+        except KeyError:
+            return super()._read_weights()
+
     def _kind(self) -> str:
         """What `functional.pack_weights` calls the cell."""
         raise NotImplementedError

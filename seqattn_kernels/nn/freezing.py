@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_VERSION = attrgetter("_version")
 
 
 class Frozen:
@@ -23,7 +25,7 @@ class Frozen:
     place (``_version``). Writing through ``weight.data`` leaves no trace: that much the caller promises.
     """
 
-    __slots__ = ("_alive", "_kept", "dtype", "holders", "packed", "weights")
+    __slots__ = ("_alive", "_counted", "_present", "_sources", "_stamp", "dtype", "holders", "packed", "weights")
 
     def __init__(self, module: Freezable, dtype: torch.dtype | None) -> None:
         self.holders: set[Hashable] = set()
@@ -32,10 +34,12 @@ class Frozen:
             self.weights = module._read_weights()
             pack = module._pack_weights if dtype is None else module._pack_bfloat16
             self.packed = pack(self.weights)
-        sources = _sources(module)
-        self._kept = [(tensor, *_stamp(tensor)) for tensor in sources]
+        self._sources = _sources(module)
+        self._present = [tensor for tensor in self._sources if tensor is not None]
+        self._counted = [tensor for tensor in self._present if not tensor.is_inference()]  # others have no versions
+        self._stamp = self._take_stamp()
         # Holding the memory itself keeps its address from being handed to other weights.
-        self._alive = [None if tensor is None else tensor.detach() for tensor in sources]
+        self._alive = [tensor.detach() for tensor in self._present]
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return type(None), ()  # A copy of a frozen module, by deepcopy or pickle, is not frozen.
@@ -43,25 +47,22 @@ class Frozen:
     def check(self, module: Freezable) -> None:
         """Raise RuntimeError unless the weights are those that were packed."""
         sources = _sources(module)
-        if len(sources) == len(self._kept):
-            for tensor, (kept, address, version) in zip(sources, self._kept, strict=True):
-                if tensor is not kept:
-                    break
-                if tensor is None:
-                    continue
-                if tensor.data_ptr() != address or (version is not None and tensor._version != version):
-                    break
-            else:
-                return
+        same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
+        if same and self._take_stamp() == self._stamp:
+            return
         raise RuntimeError(
             f"{type(module).__name__}: its weights are frozen, but they have changed since; leave the frozen scope "
             "(or call unfreeze) before changing weights"
         )
 
+    def _take_stamp(self) -> list[int]:
+        """Addresses and versions; by `map`, since a step of a cell is not much longer."""
+        return [*map(Tensor.data_ptr, self._present), *map(_VERSION, self._counted)]
+
     def checked(self, module: Freezable) -> tuple[Sequence[Any], Any]:
         """The weights and their packed form, safe to use now."""
         self.check(module)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor, _, _ in self._kept):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._present):
             raise RuntimeError(
                 f"{type(module).__name__}: its weights are frozen, but gradients would be recorded for them; run under "
                 "torch.no_grad() or torch.inference_mode(), or leave the frozen scope (or call unfreeze) to train"
@@ -74,13 +75,6 @@ def _sources(module: Freezable) -> Sequence[Tensor | None]:
     if "parametrizations" in module._modules:
         return [*module.parameters(), *module.buffers()]
     return module._read_weights()
-
-
-def _stamp(tensor: Tensor | None) -> tuple[int | None, int | None]:
-    """Address and version, as far as there are any: tensors made in inference mode count no versions."""
-    if tensor is None:
-        return None, None
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 class Freezable(nn.Module):

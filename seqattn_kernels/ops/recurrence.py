@@ -239,11 +239,54 @@ def pack_recurrence(cell: str, weights: Sequence[Tensor], has_bias: bool, bfloat
     return torch.ops.seqattn.recurrence_pack.default(_NUMBER[cell], weights, has_bias, bfloat16)
 
 
+def direct_step(
+    cell: str,
+    save: bool,
+    packed: Sequence[Tensor] | None,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, ...] | None:
+    """What the operator of one step would return, past torch's dispatcher, which takes longer than a small step.
+
+    None where that could be told, or an argument is not as the kernels take it: the operator has to be called, then.
+    """
+    extension = native.extension
+    if extension is None or torch.compiler.is_compiling():
+        return None
+    own = packed[0] if packed else None
+    return extension.cell_fwd(_NUMBER[cell], save, own, input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
+def direct_step_backward(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    reserve: Tensor,
+    gradients: Sequence[Tensor | None],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, ...] | None:
+    """The same of the operator's backward."""
+    extension = native.extension
+    if extension is None or torch.compiler.is_compiling():
+        return None
+    return extension.cell_bwd(_NUMBER[cell], *needs, reserve, *gradients, input, h, c, *weights)
+
+
 class CellFunction(torch.autograd.Function):
     """One step with gradients; as with sequences, the results are not saved and may be changed in place."""
 
     @staticmethod
     def forward(cell, has_bias, input, h, c, *weights):
+        states = direct_step(cell, True, None, input, h, c, *weights)
+        if states is not None:
+            return states
         return tuple(torch.ops.seqattn.cell_fwd.default(_NUMBER[cell], input, h, c, weights, (), has_bias, True))
 
     @staticmethod
@@ -269,9 +312,11 @@ class CellFunction(torch.autograd.Function):
             inputs = input, h, c, *weights
             return None, None, *_differentiable_gradients(outputs, inputs, needs[2:], (d_h_new, d_c_new))
         need_weights = any(needs[5:])
-        found = torch.ops.seqattn.cell_bwd.default(
-            _NUMBER[cell], input, h, c, weights, has_bias, reserve, d_h_new, d_c_new, needs[2], need_weights
-        )
+        found = direct_step_backward(cell, input, h, c, weights, reserve, (d_h_new, d_c_new), (needs[2], need_weights))
+        if found is None:
+            found = torch.ops.seqattn.cell_bwd.default(
+                _NUMBER[cell], input, h, c, weights, has_bias, reserve, d_h_new, d_c_new, needs[2], need_weights
+            )
         gradients = iter(found)
         return (
             None,
