@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from seqattn_kernels import native, ops, thresholds
+from seqattn_kernels.ops.autograd import forward_mode
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +72,10 @@ class Backend:
     worth_it: Callable[[Any], bool] = _always  # consulted where no backend is asked for by name
 
 
+def _no_tangents(kernels: str) -> str | None:
+    return f"the {kernels} kernels have no forward-mode derivatives" if forward_mode() else None
+
+
 def _cpu_why_not(request: Request | AttentionRequest | DecoderRequest) -> str | None:
     if native.why_not() is not None:
         return native.why_not()
@@ -78,7 +83,7 @@ def _cpu_why_not(request: Request | AttentionRequest | DecoderRequest) -> str | 
         return f"the CPU kernels take CPU tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return None
+    return _no_tangents("CPU")
 
 
 def _cuda_why_not(request: Request) -> str | None:
@@ -88,7 +93,7 @@ def _cuda_why_not(request: Request) -> str | None:
         return f"the CUDA kernels take CUDA tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CUDA kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return _too_old("CUDA", request.device.index)
+    return _too_old("CUDA", request.device.index) or _no_tangents("CUDA")
 
 
 _capabilities: dict[int | None, tuple[int, int]] = {}  # by the device's index; asking torch takes a microsecond
@@ -120,11 +125,12 @@ def _triton_attention_why_not(request: AttentionRequest) -> str | None:
         return ops.attention_cuda.why_not()
     if request.dtype not in _TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, got {request.dtype}"
-    return None if torch.version.hip is not None else _too_old("Triton", request.device.index)
+    too_old = None if torch.version.hip is not None else _too_old("Triton", request.device.index)
+    return too_old or _no_tangents("Triton")
 
 
 def _torch_why_not(request: Request) -> str | None:
-    return None if request.extras is None else f"torch's own function has no {request.extras}"
+    return _no_tangents("fused") if request.extras is None else f"torch's own function has no {request.extras}"
 
 
 def decoder_why_not(request: DecoderRequest) -> str | None:
@@ -139,7 +145,7 @@ def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
         return f"the decoder's kernel takes CUDA tensors, got {request.device}"
     if request.unserved is not None:
         return f"the decoder's kernel doesn't have {request.unserved}"
-    return request.cuda_unserved
+    return request.cuda_unserved or _no_tangents("CUDA")
 
 
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:

@@ -24,6 +24,7 @@ from seqattn_kernels.functional.arguments import (
 from seqattn_kernels.functional.masks import attended_keys, resolve_masks
 from seqattn_kernels.functional.scoring import attend
 from seqattn_kernels.functional.weighting import Weighting, choose_backend, computed_wide, each_head, weighting_of
+from seqattn_kernels.ops.autograd import forward_mode
 
 
 class PreparedKeys:
@@ -151,6 +152,7 @@ def additive_attention(
         and (mask is None or not (mask.requires_grad or mask_polarity == "ignore"))
         and query.dtype in WIDE
         and native.why_not() is None
+        and not forward_mode()
         and not torch.compiler.is_compiling()
     ):
         # The operator looks at everything itself; what it refuses is looked at below, to convert it or to say why.

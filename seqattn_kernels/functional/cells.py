@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.recurrence import _autocasts, _cast, _check_tensor, _rnn_cell_name, _widen
+from seqattn_kernels.ops.autograd import forward_mode
 from seqattn_kernels.reference.recurrence import GATES
 
 
@@ -80,7 +81,7 @@ def _run(
     backend: str | None,
 ) -> Sequence[Tensor]:
     """The next h and, of a cell that has one, c."""
-    if backend is None:
+    if backend is None and not forward_mode():
         states = ops.recurrence.direct_step(cell, False, packed_weights, input, h, c, w_ih, w_hh, b_ih, b_hh)
         if states is not None:
             return states
@@ -108,6 +109,7 @@ def _is_plain(input: Any, backend: str | None) -> bool:
         and input.dim() == 2
         and (input.is_cuda or (input.is_cpu and input.dtype in (torch.float32, torch.float64)))
         and not torch._C._is_any_autocast_enabled()
+        and not forward_mode()
     )
 
 

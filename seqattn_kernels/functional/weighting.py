@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from seqattn_kernels import backends, native, ops, reference
 from seqattn_kernels.functional.arguments import FLOATS, WIDE, expect_rank
 from seqattn_kernels.functional.masks import resolve
+from seqattn_kernels.ops.autograd import forward_mode
 from seqattn_kernels.reference.attention import attended, without_unattended
 from seqattn_kernels.reference.normalizers import NORMALIZERS
 
@@ -101,6 +102,7 @@ def taken_as_given(t: Any, mask: Any, mask_polarity: str, backend: str | None) -
         and (mask is None or (mask_polarity == "attend" and isinstance(mask, Tensor) and not mask.requires_grad))
         and native.why_not() is None
         and not torch.compiler.is_compiling()
+        and not forward_mode()
     )
 
 

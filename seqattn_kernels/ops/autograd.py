@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def apply_function(function: type[Function], *args: Any) -> Any:
@@ -19,6 +19,14 @@ def apply_function(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def forward_mode() -> bool:
+    """Whether derivatives may be carried forward with the values (``torch.autograd.forward_ad``, ``torch.func.jvp``).
+
+    A kernel would drop them without a word; the reference is made of operators that have them.
+    """
+    return forward_ad._current_level >= 0
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
