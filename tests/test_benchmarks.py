@@ -114,7 +114,7 @@ def test_a_contestant_that_raises_is_named(stand_in):
 
 def test_stock_past_the_tolerance_is_timed_and_noted(stand_in, monkeypatch):
     stand_in(Stand())
-    monkeypatch.setattr(runner, "check", lambda entry, problem: "differs")
+    monkeypatch.setattr(runner, "check", lambda entry, problem, stock: "differs")
     found = runner.run_case(case(), 1, QUICK)
     assert found.contestant(STOCK).failure == found.contestant("ours").failure == "differs"
     assert found.contestant(STOCK).milliseconds > 0
@@ -167,6 +167,30 @@ def test_stock_matches_the_oracle(operator, training):
         with torch.no_grad():
             next(broken.parameters(), torch.zeros(1)).add_(0.1)
         assert runner.check_module(broken, problem)
+
+
+@pytest.mark.parametrize(
+    ("change", "passes"),
+    [
+        (lambda oracle, error: oracle + 1.4 * error, True),
+        (lambda oracle, error: oracle + 1.6 * error, False),  # mean
+        (lambda oracle, error: oracle + torch.where(error == error.max(), 2.1 * error, 0), False),  # largest
+        (lambda oracle, error: torch.where(error == error.max(), torch.nan, oracle), False),
+        (lambda oracle, error: oracle[:1], False),
+    ],
+)
+def test_past_the_tolerance_stock_sets_the_bar(change, passes):
+    oracle = torch.linspace(1, 2, 8, dtype=torch.float64)
+    error = torch.linspace(1e-3, 2e-3, 8, dtype=torch.float64)
+
+    problem = SimpleNamespace(case=case("gru", Mode.FORWARD), oracle=[("output", oracle)])
+
+    def entry(result):
+        return Entry(lambda: None, lambda: [("output", result)])
+
+    ours = entry(change(oracle, error))
+    assert runner.check(ours, problem)
+    assert (runner.check(ours, problem, entry(oracle + error)) is None) == passes
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
