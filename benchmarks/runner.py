@@ -44,11 +44,11 @@ def check(entry: Entry, problem: Problem, stock: Entry | None = None) -> str | N
     A result past it passes where its errors are within our bars on accuracy, at most 2 times stock's largest and 1.5
     times its mean: there the problem has fewer digits than the tolerance asks for.
     """
-    failure = _compare(entry.outcome(), problem, entry.dtype or problem.case.tolerance, entry.omits)
+    found, dtype = entry.outcome(), entry.dtype or problem.case.tolerance
+    failure = _compare(found, problem, dtype, entry.omits)
     if failure is None or stock is None:
         return failure
-    by_stock = dict(stock.outcome())
-    return _compare(entry.outcome(), problem, entry.dtype or problem.case.tolerance, entry.omits, by_stock)
+    return _compare(found, problem, dtype, entry.omits, dict(stock.outcome()))
 
 
 def check_module(module: nn.Module, problem: Problem) -> str | None:
