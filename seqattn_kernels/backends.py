@@ -68,12 +68,16 @@ class DecoderRequest:
 @dataclass(frozen=True, slots=True)
 class Backend:
     name: str
-    why_not: Callable[[Any], str | None]
+    refuses: Callable[[Any], str | None]  # the reason, if it does
     worth_it: Callable[[Any], bool] = _always  # consulted where no backend is asked for by name
+    tangents: bool = False  # made of operators that have forward-mode derivatives, or of what chooses for itself
 
-
-def _no_tangents(kernels: str) -> str | None:
-    return f"the {kernels} kernels have no forward-mode derivatives" if forward_mode() else None
+    def why_not(self, request: Any) -> str | None:
+        """Why it can't serve the request, or None."""
+        reason = self.refuses(request)
+        if reason is None and not self.tangents and forward_mode():
+            return f"the backend {self.name!r} has no forward-mode derivatives"
+        return reason
 
 
 def _cpu_why_not(request: Request | AttentionRequest | DecoderRequest) -> str | None:
@@ -83,7 +87,7 @@ def _cpu_why_not(request: Request | AttentionRequest | DecoderRequest) -> str | 
         return f"the CPU kernels take CPU tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CPU kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return _no_tangents("CPU")
+    return None
 
 
 def _cuda_why_not(request: Request) -> str | None:
@@ -93,7 +97,7 @@ def _cuda_why_not(request: Request) -> str | None:
         return f"the CUDA kernels take CUDA tensors, got {request.device}"
     if request.dtype not in _NATIVE_DTYPES:
         return f"the CUDA kernels take float32, float64, bfloat16 and float16, got {request.dtype}"
-    return _too_old("CUDA", request.device.index) or _no_tangents("CUDA")
+    return _too_old("CUDA", request.device.index)
 
 
 _capabilities: dict[int | None, tuple[int, int]] = {}  # by the device's index; asking torch takes a microsecond
@@ -125,16 +129,14 @@ def _triton_attention_why_not(request: AttentionRequest) -> str | None:
         return ops.attention_cuda.why_not()
     if request.dtype not in _TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, got {request.dtype}"
-    too_old = None if torch.version.hip is not None else _too_old("Triton", request.device.index)
-    return too_old or _no_tangents("Triton")
+    return None if torch.version.hip is not None else _too_old("Triton", request.device.index)
 
 
 def _torch_why_not(request: Request) -> str | None:
-    return _no_tangents("fused") if request.extras is None else f"torch's own function has no {request.extras}"
+    return None if request.extras is None else f"torch's own function has no {request.extras}"
 
 
-def decoder_why_not(request: DecoderRequest) -> str | None:
-    """Why one native operator can't run all steps of a decoder, or None."""
+def _cpu_decoder_why_not(request: DecoderRequest) -> str | None:
     if request.unserved is not None:
         return f"the operator of all steps doesn't have {request.unserved}"
     return _cpu_why_not(request)
@@ -145,7 +147,7 @@ def _cuda_decoder_why_not(request: DecoderRequest) -> str | None:
         return f"the decoder's kernel takes CUDA tensors, got {request.device}"
     if request.unserved is not None:
         return f"the decoder's kernel doesn't have {request.unserved}"
-    return request.cuda_unserved or _no_tangents("CUDA")
+    return request.cuda_unserved
 
 
 def _reference_decoder_why_not(request: DecoderRequest) -> str | None:
@@ -162,22 +164,22 @@ RECURRENCE: Sequence[Backend] = (
     Backend("cuda", _cuda_why_not, _cuda_worth_it),
     Backend("cuda_stepwise", _cuda_why_not, _by_name_only),  # "cuda" without persistent kernels
     Backend("torch", _torch_why_not),
-    Backend("reference", _never),
+    Backend("reference", _never, tangents=True),
 )
 
 
 ATTENTION: Sequence[Backend] = (
     Backend("cpu", _cpu_why_not),
     Backend("triton", _triton_attention_why_not),
-    Backend("reference", _never),
+    Backend("reference", _never, tangents=True),
 )
 
 # All steps in one operator; a step at a time from the package's cells and attention; plain torch.
 DECODER: Sequence[Backend] = (
-    Backend("cpu", decoder_why_not),
+    Backend("cpu", _cpu_decoder_why_not),
     Backend("cuda", _cuda_decoder_why_not),
-    Backend("composed", _never),
-    Backend("reference", _reference_decoder_why_not),
+    Backend("composed", _never, tangents=True),
+    Backend("reference", _reference_decoder_why_not, tangents=True),
 )
 
 

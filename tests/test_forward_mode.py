@@ -88,6 +88,14 @@ def test_decoder() -> None:
     assert_tangents(lambda x, keys: decoder(x, keys)[0], *drawn((2, 3, 3), (2, 7, 5)))
 
 
+def test_a_step_from_a_state_that_was_packed_before() -> None:
+    decoder = AttentionDecoder(3, 4, 5, attention_size=6).double()
+    x, keys = drawn((2, 3), (2, 7, 5))
+    with torch.no_grad():
+        state = decoder.begin(keys)
+        assert_tangents(lambda x: decoder.step(x, state)[0], x)
+
+
 def test_a_kernel_asked_for_by_name_says_why() -> None:
     query, keys = drawn((2, 3, 4), (2, 5, 4))
     native = backends.choose(backends.ATTENTION, backends.AttentionRequest(query.device, query.dtype))

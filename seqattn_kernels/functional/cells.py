@@ -81,13 +81,14 @@ def _run(
     backend: str | None,
 ) -> Sequence[Tensor]:
     """The next h and, of a cell that has one, c."""
-    if backend is None and not forward_mode():
+    chosen_here = backend is None and not forward_mode()
+    if chosen_here:
         states = ops.recurrence.direct_step(cell, False, packed_weights, input, h, c, w_ih, w_hh, b_ih, b_hh)
         if states is not None:
             return states
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih, b_hh: expected both or neither, got one")
-    if _is_plain(input, backend):
+    if chosen_here and _is_plain(input):
         # A step is a few microseconds: the operator's own checks serve here, and Python's only say it better.
         weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
         try:
@@ -100,16 +101,14 @@ def _run(
     return _run_checked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh, packed_weights, backend)
 
 
-def _is_plain(input: Any, backend: str | None) -> bool:
+def _is_plain(input: Any) -> bool:
     """What needs no more than one operator: ours on a CPU; on a GPU torch's, which is one kernel after two products."""
     return (
-        backend is None
-        and native.extension is not None
+        native.extension is not None
         and isinstance(input, Tensor)
         and input.dim() == 2
         and (input.is_cuda or (input.is_cpu and input.dtype in (torch.float32, torch.float64)))
         and not torch._C._is_any_autocast_enabled()
-        and not forward_mode()
     )
 
 

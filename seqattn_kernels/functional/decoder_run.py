@@ -21,6 +21,7 @@ from seqattn_kernels.functional.decoder_loop import (
     step,
 )
 from seqattn_kernels.functional.masks import resolve
+from seqattn_kernels.ops.autograd import forward_mode
 from seqattn_kernels.reference.attention import attended, without_unattended
 
 _WIDE = (torch.float32, torch.float64)
@@ -257,7 +258,7 @@ def pack(decoder: Decoder, state: DecoderState, packed: Tensor | None = None) ->
     values = state.memory.values
     if values.device.type != "cpu" or values.dtype not in _WIDE or not values.shape[1]:
         return state
-    if backends.decoder_why_not(_request(decoder, values[:, :1], state, False)) is not None:
+    if why_not(decoder, values[:, :1], state) is not None:
         return state
     memory = state.memory
     if decoder.v is not None:
@@ -267,6 +268,11 @@ def pack(decoder: Decoder, state: DecoderState, packed: Tensor | None = None) ->
     if packed is None:
         packed = pack_weights(decoder)
     return replace(state, memory=memory, packed=packed, decoder=decoder)
+
+
+def packed_decoder(state: DecoderState) -> Decoder | None:
+    """The decoder whose weights the state holds packed, where a step may go on from them."""
+    return None if state.packed is None or torch.is_grad_enabled() or forward_mode() else state.decoder
 
 
 def packed_step(decoder: Decoder, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:

@@ -20,6 +20,7 @@ from seqattn_kernels.functional.decoder_run import (
     make_memory,
     pack,
     pack_weights,
+    packed_decoder,
     packed_step,
     run_decoder,
     why_not,
@@ -325,8 +326,9 @@ class AttentionDecoder(Freezable):
 
     def step(self, input: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One step: input [B, I] -> output [B, M or H], the state after it (its `weights` [B, S] are this step's)."""
-        if state.packed is not None and state.decoder is not None and not torch.is_grad_enabled():
-            return packed_step(state.decoder, input, state)
+        decoder = packed_decoder(state)
+        if decoder is not None:
+            return packed_step(decoder, input, state)
         self._packed()  # refuses gradients of frozen weights
         return step(self._parts(), input, state.own_memory())
 
